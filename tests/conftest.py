@@ -1,0 +1,59 @@
+"""Settings and fixtures of the whole suite."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402  (the platform must be chosen first)
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+from tests import support  # noqa: E402
+
+# Silent promotion of dtypes or ranks hides mistakes that only show in bfloat16 or on odd shapes.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Annotations of the package's functions are checked at run time, in tests only. Must come before
+# the first import of pelt_jax.
+jaxtyping.install_import_hook("pelt_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+  """The folder of real data sets beside the repository."""
+  return support.require("shared")
+
+
+@pytest.fixture(scope="session")
+def stories() -> pathlib.Path:
+  """Hugging Face folder of stories260K, a real pretrained Llama small enough for fast tests."""
+  return support.require("stories")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> pathlib.Path:
+  """Hugging Face folder of all-MiniLM-L6-v2, a real pretrained BERT encoder."""
+  return support.require("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> pathlib.Path:
+  """Hugging Face folder of SmolLM2-135M-Instruct, a real pretrained decoder; made on first use."""
+  return support.require("smollm2")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  support.required()  # a misspelt name in PELT_JAX_REQUIRE must not weaken the run silently
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+  """A run in which every test was skipped did not test anything: it is not a success."""
+  reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+  is_worker = hasattr(session.config, "workerinput")
+  if is_worker or reporter is None or exitstatus != pytest.ExitCode.OK:
+    return
+  if not session.config.option.collectonly and not reporter.stats.get("passed"):
+    session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
