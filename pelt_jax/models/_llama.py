@@ -1,0 +1,447 @@
+"""Llama and its kin (Mistral, Qwen2, Qwen3): pre-norm decoders with rotary positions.
+
+Modules carry the names of the Hugging Face checkpoints, `/` for `.`; see `_load` for the mapping.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pelt_jax._site import Role
+from pelt_jax.models._attention import (
+  AttentionCore,
+  at_least_float32,
+  causal_mask,
+  padding_mask,
+  rope_tables,
+  rotate,
+  segment_positions,
+)
+from pelt_jax.models._config import DecoderConfig
+from pelt_jax.models._layers import constrain, run_layers
+from pelt_jax.models._loss import chunked_losses
+
+Array = jax.Array
+
+ACTIVATIONS = {
+  "silu": jax.nn.silu,
+  "relu": jax.nn.relu,
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+  "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+def activation(name: str) -> Any:
+  """The activation called `name` in config.json."""
+  if name not in ACTIVATIONS:
+    raise ValueError(f"hidden_act {name!r} is not implemented; known: {', '.join(ACTIVATIONS)}")
+  return ACTIVATIONS[name]
+
+
+class RMSNorm(nn.Module):
+  """scale · x / √(mean(x²) + eps), the mean in float32 at least."""
+
+  eps: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+    wide = x.astype(at_least_float32(x.dtype))
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+    # `scale` may be a node's value in another dtype; the caller's x decides.
+    return wide.astype(self.dtype) * scale.astype(self.dtype)[(None,) * (x.ndim - 1)]
+
+
+def _dense(config: DecoderConfig, dtype: Any, features: int, bias: bool, name: str) -> nn.Dense:
+  return nn.Dense(
+    features,
+    use_bias=bias,
+    dtype=dtype,
+    param_dtype=dtype,
+    kernel_init=nn.initializers.normal(config.initializer_range),
+    name=name,
+  )
+
+
+class LlamaAttention(nn.Module):
+  """Grouped-query attention with rotary positions, optional query/key norms and a cache."""
+
+  config: DecoderConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    mask: Array,
+    cos: Array,
+    sin: Array,
+    cache_index: Array | None = None,
+    cache_length: int | None = None,
+    deterministic: bool = True,
+  ) -> Array:
+    c = self.config
+
+    def project(name: str, heads: int) -> Array:
+      y = _dense(c, self.dtype, heads * c.head_dim, c.qkv_bias, name)(x)
+      return y.reshape(*y.shape[:-1], heads, c.head_dim)
+
+    q = project("q_proj", c.num_attention_heads)
+    k = project("k_proj", c.num_key_value_heads)
+    v = project("v_proj", c.num_key_value_heads)
+    if c.qk_norm:
+      q = RMSNorm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
+      k = RMSNorm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if cache_length is not None:
+      k = self._remember("key", k, cache_index, cache_length)
+      v = self._remember("value", v, cache_index, cache_length)
+    out = AttentionCore(c.attention_dropout, name="core")(
+      q, k, v, mask, deterministic=deterministic
+    )
+    out = out.reshape(*out.shape[:2], c.num_attention_heads * c.head_dim)
+    return _dense(c, self.dtype, c.hidden_size, c.out_bias, "o_proj")(out)
+
+  def _remember(self, name: str, new: Array, index: Any, length: int) -> Array:
+    shape = (new.shape[0], length, *new.shape[2:])
+    store = self.variable("cache", name, jnp.zeros, shape, new.dtype)
+    store.value = jax.lax.dynamic_update_slice_in_dim(store.value, new, index, axis=1)
+    return store.value
+
+
+class LlamaMLP(nn.Module):
+  """down(act(gate(x)) · up(x))."""
+
+  config: DecoderConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    c = self.config
+    gate = _dense(c, self.dtype, c.intermediate_size, c.mlp_bias, "gate_proj")(x)
+    up = _dense(c, self.dtype, c.intermediate_size, c.mlp_bias, "up_proj")(x)
+    return _dense(c, self.dtype, c.hidden_size, c.mlp_bias, "down_proj")(
+      activation(c.hidden_act)(gate) * up
+    )
+
+
+class LlamaLayer(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  config: DecoderConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, *args: Any, deterministic: bool = True) -> Array:
+    eps = self.config.rms_norm_eps
+    h = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
+    h = LlamaAttention(self.config, self.dtype, name="self_attn")(
+      h, *args, deterministic=deterministic
+    )
+    x = constrain(x + h)
+    h = RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x)
+    return constrain(x + LlamaMLP(self.config, self.dtype, name="mlp")(h))
+
+
+class _Decoder(nn.Module):
+  """What all decoders share: fields, roles, names."""
+
+  config: DecoderConfig
+  dtype: Any = jnp.float32
+  scan: bool = False
+  remat: bool = False
+
+  prefix = "model"  # of the trunk's modules
+  suffix = "Model"  # of Hugging Face's class name
+
+  @property
+  def architecture(self) -> str:
+    """The Hugging Face class that loads this model's checkpoints."""
+    return _FAMILIES[self.config.model_type] + self.suffix
+
+  @property
+  def stack(self) -> tuple[str, int]:
+    """Path of the layers and how many there are."""
+    return "/".join(filter(None, (self.prefix, "layers"))), self.config.num_hidden_layers
+
+  @property
+  def roles(self) -> dict[str, tuple[Role, ...]]:
+    """Where the roles live in this family."""
+    return {
+      "query": (Role("self_attn/q_proj"),),
+      "key": (Role("self_attn/k_proj"),),
+      "value": (Role("self_attn/v_proj"),),
+      "attention_out": (Role("self_attn/o_proj"),),
+      "ffn_in": (Role("mlp/gate_proj"), Role("mlp/up_proj")),
+      "ffn_out": (Role("mlp/down_proj"),),
+      "ffn": (Role("mlp", "after", "in"),),
+      "attention": (Role("self_attn/core", "prefix"),),
+      "embedding": (Role("embed_tokens"),),
+      "norm": (
+        Role("input_layernorm"),
+        Role("post_attention_layernorm"),
+        Role(self.stack[0].replace("layers", "norm")),
+      )
+      + ((Role("self_attn/q_norm"), Role("self_attn/k_norm")) if self.config.qk_norm else ()),
+      "head": self._head_roles(),
+    }
+
+  def _head_roles(self) -> tuple[Role, ...]:
+    return ()
+
+  def _trunk(self) -> LlamaModel:
+    return LlamaModel(self.config, self.dtype, self.scan, self.remat)
+
+
+class LlamaModel(_Decoder):
+  """The bare decoder (task "encoder"): token ids to hidden states (B, T, hidden_size)."""
+
+  prefix = ""
+
+  def setup(self) -> None:
+    c = self.config
+    self.embed_tokens = nn.Embed(
+      c.vocab_size,
+      c.hidden_size,
+      dtype=self.dtype,
+      param_dtype=self.dtype,
+      embedding_init=nn.initializers.normal(c.initializer_range),
+    )
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: Array,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    *,
+    segment_ids: Array | None = None,
+    cache_length: int | None = None,
+    deterministic: bool = True,
+  ) -> Array:
+    """Runs the decoder.
+
+    Args:
+      input_ids: (B, T) int. Ids past the vocabulary reach `embed_tokens` as they are.
+      attention_mask: (B, T), 1 for real tokens, padding on either side; or (B, T, S), which is
+        intersected with the causal mask. With a cache, (B, T) of the tokens given now.
+      position_ids: (B, T); by default counts the real tokens from 0.
+      segment_ids: (B, T) for packed rows: tokens see their own segment only, positions restart,
+        0 is padding.
+      cache_length: N keeps keys and values of N slots in the collection "cache", which must be
+        mutable. The caller sees to it that no more than N tokens come.
+      deterministic: False applies dropout.
+
+    Returns:
+      Hidden states after the last norm, (B, T, hidden_size).
+    """
+    c = self.config
+    batch, length = input_ids.shape
+    index = None
+    if cache_length is None:
+      queries = keys = jnp.arange(length, dtype=jnp.int32)
+      extra = padding_mask(attention_mask, segment_ids)
+      if position_ids is None:
+        position_ids = _positions(attention_mask, segment_ids, length)
+    else:
+      if segment_ids is not None or (attention_mask is not None and attention_mask.ndim != 2):
+        raise ValueError("a cache takes an attention_mask (B, T) only, and no segment_ids")
+      index, valid = self._advance(attention_mask, batch, length, cache_length)
+      queries = index + jnp.arange(length, dtype=jnp.int32)
+      keys = jnp.arange(cache_length, dtype=jnp.int32)
+      extra = valid[:, None, None, :]
+      if position_ids is None:
+        position_ids = jax.lax.dynamic_slice_in_dim(_count(valid), index, length, axis=1)
+    cos, sin = rope_tables(c.rope, c.head_dim, position_ids, self.dtype)
+    masks = {w: causal_mask(queries, keys, w, (extra,)) for w in dict.fromkeys(c.windows)}
+
+    def step(layer: LlamaLayer, x: Array, flag: Any) -> Array:
+      # Layers that alternate between windows are one body under scan: there the flag is traced.
+      if isinstance(flag, bool):
+        mask = masks[c.windows[0]] if flag else masks[_other(c.windows)]
+      else:
+        mask = jnp.where(flag, masks[c.windows[0]], masks[_other(c.windows)])
+      return layer(x, mask, cos, sin, index, cache_length, deterministic=deterministic)
+
+    x = run_layers(
+      lambda name: LlamaLayer(c, self.dtype, name=name),
+      step,
+      constrain(self.embed_tokens(input_ids)),
+      name="layers",
+      flags=[w == c.windows[0] for w in c.windows],
+      scan=self.scan,
+      remat=self.remat,
+    )
+    return RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x)
+
+  def _advance(
+    self, attention_mask: Array | None, batch: int, length: int, slots: int
+  ) -> tuple[Array, Array]:
+    """Notes the new tokens in the cache; returns their first slot and which slots are real."""
+    if not self.is_mutable_collection("cache"):
+      raise ValueError('cache_length needs apply(..., mutable=["cache"]); "cache" is not mutable')
+    if length > slots:
+      raise ValueError(f"cache_length={slots} is shorter than the {length} tokens given")
+    index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
+    valid = self.variable("cache", "mask", jnp.zeros, (batch, slots), jnp.bool_)
+    if valid.value.shape != (batch, slots):
+      raise ValueError(
+        f"the cache holds (batch, slots) = {valid.value.shape}, this call needs {(batch, slots)}"
+      )
+    new = jnp.ones((batch, length), bool) if attention_mask is None else attention_mask.astype(bool)
+    start = index.value
+    valid.value = jax.lax.dynamic_update_slice_in_dim(valid.value, new, start, axis=1)
+    index.value = start + length
+    return start, valid.value
+
+
+def _other(windows: tuple[int | None, ...]) -> int | None:
+  """The second kind of window, if there is one."""
+  return next((w for w in windows if w != windows[0]), windows[0])
+
+
+def _count(mask: Array) -> Array:
+  return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def _positions(attention_mask: Array | None, segment_ids: Array | None, length: int) -> Array:
+  if segment_ids is not None:
+    return segment_positions(segment_ids)
+  if attention_mask is not None and attention_mask.ndim == 2:
+    return _count(attention_mask)
+  return jnp.arange(length, dtype=jnp.int32)[None]
+
+
+class LlamaForCausalLM(_Decoder):
+  """Language model; the head may be tied to the embedding.
+
+  `loss_chunk` bounds how many positions' logits exist at a time when `labels` are given.
+  """
+
+  loss_chunk: int = 1024
+  suffix = "ForCausalLM"
+
+  def setup(self) -> None:
+    self.model = self._trunk()
+    if not self.config.tie_word_embeddings:
+      self.lm_head = _dense(self.config, self.dtype, self.config.vocab_size, False, None)
+
+  def __call__(
+    self,
+    input_ids: Array,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    *,
+    labels: Array | None = None,
+    segment_ids: Array | None = None,
+    cache_length: int | None = None,
+    last_only: bool = False,
+    deterministic: bool = True,
+  ) -> Array:
+    """Logits, or with `labels` the loss of every token.
+
+    Args:
+      input_ids: (B, T) int.
+      attention_mask: see `LlamaModel`.
+      position_ids: see `LlamaModel`.
+      labels: (B, T) int: `labels[:, t]` is the target of position t (already shifted); -100 is
+        left out.
+      segment_ids: see `LlamaModel`.
+      cache_length: see `LlamaModel`.
+      last_only: logits of the last position alone, (B, 1, V): all that generation needs.
+      deterministic: False applies dropout.
+
+    Returns:
+      Logits (B, T, V); with `labels`, cross entropies (B, T) in float32 at least, 0 where the
+      label is -100. The full logits never exist then.
+    """
+    x = self.model(
+      input_ids,
+      attention_mask,
+      position_ids,
+      segment_ids=segment_ids,
+      cache_length=cache_length,
+      deterministic=deterministic,
+    )
+    if labels is not None:
+      return chunked_losses(self, LlamaForCausalLM.head, x, labels, self.loss_chunk)
+    return self.head(x[:, -1:] if last_only else x)
+
+  def head(self, x: Array) -> Array:
+    """Hidden states to logits."""
+    if self.config.tie_word_embeddings:
+      return self.model.embed_tokens.attend(x)
+    return self.lm_head(x)
+
+  def _head_roles(self) -> tuple[Role, ...]:
+    return () if self.config.tie_word_embeddings else (Role("lm_head"),)
+
+
+class LlamaForSequenceClassification(_Decoder):
+  """One label per row, read off its last real token: logits (B, num_labels)."""
+
+  suffix = "ForSequenceClassification"
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: Array,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> Array:
+    """Logits (B, num_labels). The last real token is found by the mask, else by `pad_token_id`."""
+    trunk = self._trunk().clone(name="model")
+    x = trunk(input_ids, attention_mask, position_ids, deterministic=deterministic)
+    slots = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    if attention_mask is not None and attention_mask.ndim == 2:
+      last = jnp.max(jnp.where(attention_mask.astype(bool), slots, 0), axis=1)
+    elif self.config.pad_token_id is not None:
+      last = jnp.max(jnp.where(input_ids != self.config.pad_token_id, slots, 0), axis=1)
+    else:
+      last = jnp.full((x.shape[0],), x.shape[1] - 1, jnp.int32)
+    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    return _dense(self.config, self.dtype, self.config.num_labels, False, "score")(x)
+
+  def _head_roles(self) -> tuple[Role, ...]:
+    return (Role("score"),)
+
+
+class LlamaForTokenClassification(_Decoder):
+  """One label per token: logits (B, T, num_labels)."""
+
+  suffix = "ForTokenClassification"
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: Array,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    *,
+    segment_ids: Array | None = None,
+    deterministic: bool = True,
+  ) -> Array:
+    """Logits (B, T, num_labels)."""
+    x = self._trunk().clone(name="model")(
+      input_ids,
+      attention_mask,
+      position_ids,
+      segment_ids=segment_ids,
+      deterministic=deterministic,
+    )
+    rate = self.config.classifier_dropout
+    rate = 0.1 if rate is None else rate  # Hugging Face's default for this head
+    x = nn.Dropout(rate, name="dropout")(x, deterministic=deterministic)
+    return _dense(self.config, self.dtype, self.config.num_labels, True, "score")(x)
+
+  def _head_roles(self) -> tuple[Role, ...]:
+    return (Role("score"),)
