@@ -1,0 +1,24 @@
+"""Linen reference models with Hugging Face module names, and loading of Hugging Face folders."""
+
+from pelt_jax.models._attention import AttentionCore as AttentionCore
+from pelt_jax.models._bert import BertForSequenceClassification as BertForSequenceClassification
+from pelt_jax.models._bert import BertForTokenClassification as BertForTokenClassification
+from pelt_jax.models._bert import BertModel as BertModel
+from pelt_jax.models._bert import (
+  RobertaForSequenceClassification as RobertaForSequenceClassification,
+)
+from pelt_jax.models._config import DecoderConfig as DecoderConfig
+from pelt_jax.models._config import EncoderConfig as EncoderConfig
+from pelt_jax.models._config import read_config as read_config
+from pelt_jax.models._layers import to_looped as to_looped
+from pelt_jax.models._layers import to_scanned as to_scanned
+from pelt_jax.models._llama import LlamaForCausalLM as LlamaForCausalLM
+from pelt_jax.models._llama import LlamaForSequenceClassification as LlamaForSequenceClassification
+from pelt_jax.models._llama import LlamaForTokenClassification as LlamaForTokenClassification
+from pelt_jax.models._llama import LlamaModel as LlamaModel
+from pelt_jax.models._llama import RMSNorm as RMSNorm
+from pelt_jax.models._load import from_config as from_config
+from pelt_jax.models._load import from_pretrained as from_pretrained
+from pelt_jax.models._load import save_pretrained as save_pretrained
+from pelt_jax.models._load import torch_name as torch_name
+from pelt_jax.models._loss import token_losses as token_losses

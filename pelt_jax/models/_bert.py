@@ -1,0 +1,390 @@
+"""BERT and RoBERTa: post-norm encoders with learned positions.
+
+Modules carry the names of the Hugging Face checkpoints, `/` for `.`; see `_load` for the mapping.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pelt_jax._site import Role
+from pelt_jax.models._attention import AttentionCore, padding_mask
+from pelt_jax.models._config import EncoderConfig
+from pelt_jax.models._layers import constrain, run_layers
+from pelt_jax.models._llama import activation
+
+Array = jax.Array
+_FAMILIES = {"bert": "Bert", "roberta": "Roberta"}
+
+
+def _dense(config: EncoderConfig, dtype: Any, features: int, name: str) -> nn.Dense:
+  return nn.Dense(
+    features,
+    dtype=dtype,
+    param_dtype=dtype,
+    kernel_init=nn.initializers.normal(config.initializer_range),
+    name=name,
+  )
+
+
+def _norm(config: EncoderConfig, dtype: Any) -> nn.LayerNorm:
+  # E[x²] - E[x]² loses half the digits where the mean is large.
+  return nn.LayerNorm(
+    config.layer_norm_eps, dtype=dtype, param_dtype=dtype, use_fast_variance=False, name="LayerNorm"
+  )
+
+
+class BertEmbeddings(nn.Module):
+  """LayerNorm(word + position + token type)."""
+
+  config: EncoderConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(
+    self, input_ids: Array, position_ids: Array, token_type_ids: Array, deterministic: bool
+  ) -> Array:
+    c = self.config
+
+    def table(name: str, rows: int) -> nn.Embed:
+      init = nn.initializers.normal(c.initializer_range)
+      return nn.Embed(
+        rows,
+        c.hidden_size,
+        dtype=self.dtype,
+        param_dtype=self.dtype,
+        embedding_init=init,
+        name=name,
+      )
+
+    x = table("word_embeddings", c.vocab_size)(input_ids)
+    x = x + table("token_type_embeddings", c.type_vocab_size)(token_type_ids)
+    x = x + table("position_embeddings", c.max_position_embeddings)(position_ids)
+    x = _norm(c, self.dtype)(x)
+    return nn.Dropout(c.hidden_dropout_prob, name="dropout")(x, deterministic=deterministic)
+
+
+class BertSelfAttention(nn.Module):
+  """Query, key and value projections around the core."""
+
+  config: EncoderConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
+    c = self.config
+    heads = c.num_attention_heads
+
+    def project(name: str) -> Array:
+      y = _dense(c, self.dtype, c.hidden_size, name)(x)
+      return y.reshape(*y.shape[:-1], heads, c.hidden_size // heads)
+
+    core = AttentionCore(c.attention_probs_dropout_prob, name="core")
+    out = core(
+      project("query"), project("key"), project("value"), mask, deterministic=deterministic
+    )
+    return out.reshape(x.shape)
+
+
+class BertOutput(nn.Module):
+  """LayerNorm(residual + dropout(dense(x))): the end of both sublayers."""
+
+  config: EncoderConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, residual: Array, deterministic: bool) -> Array:
+    c = self.config
+    x = _dense(c, self.dtype, c.hidden_size, "dense")(x)
+    x = nn.Dropout(c.hidden_dropout_prob, name="dropout")(x, deterministic=deterministic)
+    return constrain(_norm(c, self.dtype)(x + residual))
+
+
+class BertAttention(nn.Module):
+  """Self attention and its output sublayer."""
+
+  config: EncoderConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
+    h = BertSelfAttention(self.config, self.dtype, name="self")(x, mask, deterministic)
+    return BertOutput(self.config, self.dtype, name="output")(h, x, deterministic)
+
+
+class BertIntermediate(nn.Module):
+  """act(dense(x)): the wide half of the feed-forward network."""
+
+  config: EncoderConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    c = self.config
+    return activation(c.hidden_act)(_dense(c, self.dtype, c.intermediate_size, "dense")(x))
+
+
+class BertLayer(nn.Module):
+  """Attention, then the feed-forward network, each normalised after its residual."""
+
+  config: EncoderConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array | None, deterministic: bool = True) -> Array:
+    c, dtype = self.config, self.dtype
+    x = BertAttention(c, dtype, name="attention")(x, mask, deterministic)
+    h = BertIntermediate(c, dtype, name="intermediate")(x)
+    return BertOutput(c, dtype, name="output")(h, x, deterministic)
+
+
+class BertEncoder(nn.Module):
+  """The stack of layers."""
+
+  config: EncoderConfig
+  dtype: Any
+  scan: bool
+  remat: bool
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
+    return run_layers(
+      lambda name: BertLayer(self.config, self.dtype, name=name),
+      lambda layer, x, _: layer(x, mask, deterministic),
+      x,
+      name="layer",
+      flags=[0] * self.config.num_hidden_layers,
+      scan=self.scan,
+      remat=self.remat,
+    )
+
+
+class BertPooler(nn.Module):
+  """tanh(dense(first token))."""
+
+  config: EncoderConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    return jnp.tanh(_dense(self.config, self.dtype, self.config.hidden_size, "dense")(x[:, 0]))
+
+
+class _Encoder(nn.Module):
+  """What all encoders share: fields, roles, names."""
+
+  config: EncoderConfig
+  dtype: Any = jnp.float32
+  scan: bool = False
+  remat: bool = False
+
+  suffix = "Model"  # of Hugging Face's class name
+
+  @property
+  def prefix(self) -> str:
+    """Name of the trunk's module: "bert" or "roberta"."""
+    return self.config.model_type
+
+  @property
+  def architecture(self) -> str:
+    """The Hugging Face class that loads this model's checkpoints."""
+    return _FAMILIES[self.config.model_type] + self.suffix
+
+  @property
+  def stack(self) -> tuple[str, int]:
+    """Path of the layers and how many there are."""
+    return "/".join(filter(None, (self.prefix, "encoder/layer"))), self.config.num_hidden_layers
+
+  @property
+  def roles(self) -> dict[str, tuple[Role, ...]]:
+    """Where the roles live in this family."""
+    # "output/dense" alone would also match "attention/output/dense".
+    layer = "encoder/layer" if self.scan else "encoder/layer/*"
+    return {
+      "query": (Role("attention/self/query"),),
+      "key": (Role("attention/self/key"),),
+      "value": (Role("attention/self/value"),),
+      "attention_out": (Role("attention/output/dense"),),
+      "ffn_in": (Role("intermediate/dense"),),
+      "ffn_out": (Role(f"{layer}/output/dense"),),
+      "ffn": (Role(f"{layer}/output/dropout", "after", "../../intermediate:in"),),
+      "attention": (Role("attention/self/core", "prefix"),),
+      "embedding": (Role("embeddings/word_embeddings"),),
+      "norm": (
+        Role("embeddings/LayerNorm"),
+        Role("attention/output/LayerNorm"),
+        Role(f"{layer}/output/LayerNorm"),
+      ),
+      "head": self._head_roles(),
+    }
+
+  def _head_roles(self) -> tuple[Role, ...]:
+    return (Role("classifier"),)
+
+  def _trunk(self, pooler: bool) -> BertModel:
+    return BertModel(
+      self.config, self.dtype, self.scan, self.remat, pooler=pooler, name=self.prefix
+    )
+
+  def _dropout(self, x: Array, deterministic: bool) -> Array:
+    rate = self.config.classifier_dropout
+    rate = self.config.hidden_dropout_prob if rate is None else rate
+    return nn.Dropout(rate, name="dropout")(x, deterministic=deterministic)
+
+
+class BertModel(_Encoder):
+  """The bare encoder (task "encoder"): token ids to hidden states (B, T, hidden_size).
+
+  With `pooler=True` it returns the hidden states and the pooled first token.
+  """
+
+  pooler: bool = False
+
+  @property
+  def prefix(self) -> str:
+    """Empty: the bare model's names have no prefix."""
+    return ""
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: Array,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    token_type_ids: Array | None = None,
+    *,
+    segment_ids: Array | None = None,
+    deterministic: bool = True,
+  ) -> Any:
+    """Runs the encoder.
+
+    Args:
+      input_ids: (B, T) int. Ids past the vocabulary reach `word_embeddings` as they are.
+      attention_mask: (B, T) of 0/1, or (B, T, S).
+      position_ids: (B, T); by default 0 … T-1 (BERT), or counted from `pad_token_id + 1` over the
+        tokens that are not padding (RoBERTa).
+      token_type_ids: (B, T); zeros by default.
+      segment_ids: (B, T) for packed rows: tokens see their own segment only; 0 is padding. Give
+        `position_ids` too where positions should restart.
+      deterministic: False applies dropout.
+
+    Returns:
+      Hidden states (B, T, hidden_size); with `pooler=True` also the pooled (B, hidden_size).
+    """
+    c = self.config
+    if position_ids is None:
+      position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
+      if c.model_type == "roberta":
+        real = (input_ids != c.pad_token_id).astype(jnp.int32)
+        position_ids = jnp.cumsum(real, axis=1) * real + c.pad_token_id
+    if token_type_ids is None:
+      token_type_ids = jnp.zeros((1, input_ids.shape[1]), jnp.int32)
+    x = BertEmbeddings(c, self.dtype, name="embeddings")(
+      input_ids, position_ids, token_type_ids, deterministic
+    )
+    mask = padding_mask(attention_mask, segment_ids)
+    x = BertEncoder(c, self.dtype, self.scan, self.remat, name="encoder")(
+      constrain(x), mask, deterministic
+    )
+    if self.pooler:
+      return x, BertPooler(c, self.dtype, name="pooler")(x)
+    return x
+
+  def _head_roles(self) -> tuple[Role, ...]:
+    return ()
+
+
+class BertForSequenceClassification(_Encoder):
+  """One label per row, from BERT's pooled first token: logits (B, num_labels)."""
+
+  suffix = "ForSequenceClassification"
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: Array,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    token_type_ids: Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> Array:
+    """Logits (B, num_labels)."""
+    _, x = self._trunk(pooler=True)(
+      input_ids, attention_mask, position_ids, token_type_ids, deterministic=deterministic
+    )
+    x = self._dropout(x, deterministic)
+    return _dense(self.config, self.dtype, self.config.num_labels, "classifier")(x)
+
+
+class RobertaHead(nn.Module):
+  """out_proj(dropout(tanh(dense(dropout(first token)))))."""
+
+  config: EncoderConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, deterministic: bool) -> Array:
+    c = self.config
+    rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
+    drop = nn.Dropout(rate, deterministic=deterministic, name="dropout")
+    x = jnp.tanh(_dense(c, self.dtype, c.hidden_size, "dense")(drop(x[:, 0])))
+    return _dense(c, self.dtype, c.num_labels, "out_proj")(drop(x))
+
+
+class RobertaForSequenceClassification(_Encoder):
+  """One label per row, from RoBERTa's two-layer head: logits (B, num_labels)."""
+
+  suffix = "ForSequenceClassification"
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: Array,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    token_type_ids: Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> Array:
+    """Logits (B, num_labels)."""
+    x = self._trunk(pooler=False)(
+      input_ids, attention_mask, position_ids, token_type_ids, deterministic=deterministic
+    )
+    return RobertaHead(self.config, self.dtype, name="classifier")(x, deterministic)
+
+  def _head_roles(self) -> tuple[Role, ...]:
+    return (Role("classifier/dense"), Role("classifier/out_proj"))
+
+
+class BertForTokenClassification(_Encoder):
+  """One label per token: logits (B, T, num_labels)."""
+
+  suffix = "ForTokenClassification"
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: Array,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    token_type_ids: Array | None = None,
+    *,
+    segment_ids: Array | None = None,
+    deterministic: bool = True,
+  ) -> Array:
+    """Logits (B, T, num_labels)."""
+    x = self._trunk(pooler=False)(
+      input_ids,
+      attention_mask,
+      position_ids,
+      token_type_ids,
+      segment_ids=segment_ids,
+      deterministic=deterministic,
+    )
+    x = self._dropout(x, deterministic)
+    return _dense(self.config, self.dtype, self.config.num_labels, "classifier")(x)

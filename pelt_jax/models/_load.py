@@ -1,0 +1,457 @@
+"""Hugging Face folders in and out, tensor by tensor.
+
+A parameter's path is the checkpoint's name with `/` for `.`; `kernel`, `scale` and `embedding` are
+what torch calls `weight`, and a kernel is its transpose.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core import meta
+
+from pelt_jax.models import _bert, _llama
+from pelt_jax.models._config import Config, DecoderConfig, read_config
+from pelt_jax.models._layers import stack_layers, to_looped
+from pelt_jax.models._safetensors import Entry, read_header, write, write_atomically
+
+_log = logging.getLogger(__name__)
+
+TASKS = ("lm", "classification", "tagging", "encoder", "seq2seq")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_DECODERS = {
+  "lm": _llama.LlamaForCausalLM,
+  "seq2seq": _llama.LlamaForCausalLM,  # source and target are one sequence for a decoder
+  "classification": _llama.LlamaForSequenceClassification,
+  "tagging": _llama.LlamaForTokenClassification,
+  "encoder": _llama.LlamaModel,
+}
+_ENCODERS = {
+  "classification": _bert.BertForSequenceClassification,
+  "tagging": _bert.BertForTokenClassification,
+  "encoder": _bert.BertModel,
+}
+# Heads that come with a task, and so may be absent from a checkpoint: initialised afresh.
+_FRESH = re.compile(r"^(score|classifier|(bert/)?pooler)/")
+# Tensors that other tasks use, and buffers that old files hold: left alone.
+_LEFT_OUT = re.compile(
+  r"^(score|classifier|lm_head|cls|qa_outputs|pooler|seq_relationship)\."
+  r"|\.pooler\.|inv_freq$|position_ids$|^(bert|roberta)\.embeddings\.token_type_ids$"
+)
+# Only copied: the library itself never reads them.
+_SIDE_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "tokenizer.model",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "vocab.txt",
+  "vocab.json",
+  "merges.txt",
+  "generation_config.json",
+)
+
+
+def from_config(
+  config: Config | Mapping[str, Any],
+  *,
+  task: str = "lm",
+  num_labels: int | None = None,
+  dtype: Any = jnp.float32,
+  scan: bool = False,
+  remat: bool = False,
+) -> nn.Module:
+  """Builds a model without weights; `model.init` draws random ones.
+
+  Args:
+    config: a configuration, or the contents of a Hugging Face `config.json`.
+    task: "lm", "classification", "tagging", "encoder" or "seq2seq": it brings the head.
+    num_labels: for classification and tagging; by default what the configuration says.
+    dtype: of parameters and computation: float32, bfloat16, float16 or float64.
+    scan: one compiled layer with stacked parameters instead of a loop.
+    remat: keep only the layers' inputs for the backward pass.
+
+  Returns:
+    A Linen module. It is called with `(input_ids, attention_mask=None, position_ids=None, ...,
+    deterministic=True)` and has `config`, `dtype` and `roles`.
+
+  Raises:
+    ValueError: an unknown task or dtype, or one that the family or the session cannot serve.
+
+  >>> raw = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8,
+  ...        "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
+  >>> model = from_config(raw)
+  >>> ids = jnp.array([[1, 2, 3]])
+  >>> model.apply(model.init(jax.random.key(0), ids), ids).shape
+  (1, 3, 11)
+  """
+  if not isinstance(config, Config):
+    config = read_config(config)
+  name = jnp.dtype(dtype).name
+  if name not in _DTYPES:
+    raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name}")
+  if jax.dtypes.canonicalize_dtype(name) != name:
+    raise ValueError("dtype float64 needs 64-bit JAX: jax.config.update('jax_enable_x64', True)")
+  classes = _DECODERS if isinstance(config, DecoderConfig) else _ENCODERS
+  if task not in classes:
+    known = f"for {config.model_type}: {', '.join(classes)}" if task in TASKS else ", ".join(TASKS)
+    raise ValueError(f"task {task!r} is not one of those known {known}")
+  model_class = classes[task]
+  if config.model_type == "roberta" and task == "classification":
+    model_class = _bert.RobertaForSequenceClassification
+  if num_labels is not None:
+    if task not in ("classification", "tagging"):
+      raise ValueError(f"num_labels is for classification and tagging, the task is {task!r}")
+    config = config.replace(num_labels=num_labels)
+  return model_class(config, jnp.dtype(dtype), scan, remat)
+
+
+def from_pretrained(
+  source: str | Path,
+  *,
+  task: str = "lm",
+  num_labels: int | None = None,
+  dtype: Any = jnp.float32,
+  scan: bool = False,
+  remat: bool = False,
+  transform: Any = None,
+  key: jax.Array | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+  """Loads a Hugging Face folder (config.json and safetensors, single or sharded).
+
+  Args:
+    source: the folder; or, if there is no such folder, a hub id such as "org/name", which needs
+      `huggingface_hub`.
+    task: "lm", "classification", "tagging", "encoder" or "seq2seq" (a decoder's language model).
+    num_labels: for classification and tagging; by default what config.json says.
+    dtype: of parameters and computation. The checkpoint is converted to it.
+    scan: stack the layers' parameters and compile one layer.
+    remat: keep only the layers' inputs for the backward pass.
+    transform: a `Transform` applied to one real tensor at a time, so that a quantized load never
+      holds the model twice.
+    key: for a head that the checkpoint lacks (and for `transform`); `jax.random.key(0)` if None.
+
+  Returns:
+    `(model, params)`: a Linen module and a nested dict of arrays.
+
+  Raises:
+    FileNotFoundError: no folder and no hub id, or no safetensors in it.
+    ValueError: a truncated file; missing, unexpected or wrongly shaped tensors, each named with
+      the shape expected; an unsupported configuration.
+
+      model, params = from_pretrained("MiniLM/", task="classification", num_labels=6)
+      logits = model.apply({"params": params}, input_ids, attention_mask)
+  """
+  folder = _folder(source)
+  raw = _read_json(folder / "config.json")
+  model = from_config(
+    read_config(raw, source=str(folder)),
+    task=task,
+    num_labels=num_labels,
+    dtype=dtype,
+    scan=scan,
+    remat=remat,
+  )
+  key = jax.random.key(0) if key is None else key
+  read = _reader(model, _entries(folder), key, folder)
+  if transform is not None:
+    return model, _load_with_transform(model, read, transform, key)
+  return model, _assemble(model, read, lambda path, value: jnp.asarray(value))
+
+
+def save_pretrained(folder: str | Path, model: nn.Module, params: Mapping[str, Any]) -> None:
+  """Writes a folder that Hugging Face transformers loads: config.json, model.safetensors.
+
+  Tokenizer files are copied from the folder that the model was loaded from. Each file is written
+  under a temporary name and renamed, config.json last.
+
+  Args:
+    folder: made if it does not exist.
+    model: the module the parameters belong to.
+    params: plain parameters, looped or scanned as the model is.
+
+  Raises:
+    ValueError: a node is still in the tree (merge first), or leaves are missing, unexpected or of
+      other shapes than the model's.
+
+      save_pretrained("merged/", model, pelt.merge(params))
+  """
+  folder = Path(folder)
+  leaves = _plain_leaves(params)
+  _check_tree(model, leaves)
+  where: dict[str, tuple[str, int | None]] = {}
+  shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
+  for path, leaf in leaves.items():
+    for i, name in enumerate(_looped_paths(model, path)):
+      stacked = name != path
+      shape = leaf.shape[1:] if stacked else leaf.shape
+      tensor = torch_name(name)
+      where[tensor] = (path, i if stacked else None)
+      shapes[tensor] = (shape[::-1] if _is_kernel(name) else shape, leaf.dtype)
+
+  def get(tensor: str) -> np.ndarray:
+    path, i = where[tensor]
+    value = np.asarray(leaves[path] if i is None else leaves[path][i])
+    return value.T if _is_kernel(path) else value
+
+  folder.mkdir(parents=True, exist_ok=True)
+  write(folder / "model.safetensors", shapes, get, {"format": "pt"})
+  if model.config.source is not None and Path(model.config.source).resolve() != folder.resolve():
+    for name in _SIDE_FILES:
+      if (file := Path(model.config.source) / name).is_file():
+        temporary = folder / f".{name}.tmp"
+        shutil.copyfile(file, temporary)
+        temporary.replace(folder / name)
+  text = json.dumps(_raw_config(model, next(iter(leaves.values())).dtype), indent=2) + "\n"
+  write_atomically(folder / "config.json", [text.encode()])
+
+
+def torch_name(path: str) -> str:
+  """A parameter's name in a Hugging Face checkpoint.
+
+  >>> torch_name("model/layers/0/self_attn/q_proj/kernel")
+  'model.layers.0.self_attn.q_proj.weight'
+  """
+  head, _, leaf = path.rpartition("/")
+  leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+  return f"{head}.{leaf}".replace("/", ".")
+
+
+def abstract_params(model: nn.Module) -> dict[str, Any]:
+  """Shapes and dtypes of the model's parameters, without computing any."""
+  # Tracing one scanned layer is much faster than tracing all of them.
+  scanned = model.clone(scan=True)
+  if isinstance(model, _bert.BertModel):  # the pooler's tensors are carried along, not used
+    scanned = scanned.clone(pooler=True)
+  ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  shapes = jax.eval_shape(scanned.init, jax.random.key(0), ids)["params"]
+  return shapes if model.scan else to_looped(shapes, model)
+
+
+def _optional(model: nn.Module, path: str) -> bool:
+  return isinstance(model, _bert.BertModel) and path.startswith("pooler/")
+
+
+def _reader(
+  model: nn.Module, entries: Mapping[str, Entry], key: jax.Array, folder: Path
+) -> dict[str, Callable[[], np.ndarray]]:
+  """Looped path -> a function that reads that tensor, after all names and shapes were checked."""
+  expected = flatten(abstract_params(model.clone(scan=False)))
+  prefix = f"{model.prefix}." if model.prefix else ""
+  readers: dict[str, Callable[[], np.ndarray]] = {}
+  used, problems, fresh = set(), [], []
+  for path, leaf in expected.items():
+    name = torch_name(path)
+    found = next((n for n in _aliases(name, prefix, model) if n in entries), None)
+    shape = leaf.shape[::-1] if _is_kernel(path) else leaf.shape
+    if found is not None:
+      used.add(found)
+      if entries[found].shape != shape:
+        hint = " (a head for another number of labels? see num_labels)" if _FRESH.match(path) else ""
+        problems.append(f"{found} has shape {entries[found].shape}, expected {shape}{hint}")
+      readers[path] = _tensor(entries[found], leaf.dtype, _is_kernel(path))
+    elif _FRESH.match(path):
+      if not _optional(model, path):
+        fresh.append(name)
+        readers[path] = _fresh(path, leaf, key, model.config.initializer_range)
+    else:
+      problems.append(f"{name} is missing, expected shape {shape}")
+  tied = getattr(model.config, "tie_word_embeddings", False)
+  for name in entries:
+    ignorable = _LEFT_OUT.search(name) or (tied and name.endswith("lm_head.weight"))
+    if name not in used and not ignorable:
+      problems.append(f"{name} {entries[name].shape} is unexpected")
+  if problems:
+    shown = "\n  ".join(problems[:20])
+    more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+    raise ValueError(
+      f"{folder} does not fit its config.json as {type(model).__name__}:\n  {shown}{more}"
+    )
+  if fresh:
+    _log.warning("%s lacks %s: initialised afresh", folder, ", ".join(fresh))
+  return readers
+
+
+def _aliases(name: str, prefix: str, model: nn.Module) -> Iterator[str]:
+  """Names under which a tensor may lie: bare trunks, trunks of task models, TensorFlow's norms."""
+  decoder = isinstance(model.config, DecoderConfig)
+  trunk = "model." if decoder else f"{model.config.model_type}."
+  names = [name, name.removeprefix(prefix)] if prefix else [name, trunk + name]
+  for n in names:
+    yield n
+    yield n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
+
+
+def _tensor(entry: Entry, dtype: Any, transpose: bool) -> Callable[[], np.ndarray]:
+  def read() -> np.ndarray:
+    value = entry.read()
+    return np.array(value.T if transpose else value, dtype, order="C")  # a copy, not the mapping
+
+  return read
+
+
+def _fresh(path: str, leaf: Any, key: jax.Array, scale: float) -> Callable[[], np.ndarray]:
+  def read() -> np.ndarray:
+    if path.endswith("/bias"):
+      return np.zeros(leaf.shape, leaf.dtype)
+    # Keyed by path, so that the order of loading never matters.
+    folded = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    value = jax.random.normal(folded, leaf.shape, leaf.dtype)
+    return np.asarray(value * jnp.asarray(scale, leaf.dtype))
+
+  return read
+
+
+def _assemble(
+  model: nn.Module,
+  read: Mapping[str, Callable[[], np.ndarray]],
+  place: Callable[[str, np.ndarray], Any],
+) -> dict[str, Any]:
+  """Reads leaf after leaf; a scanned leaf is stacked before the next one is read."""
+  out: dict[str, Any] = {}
+  for path in flatten(abstract_params(model)):
+    names = _looped_paths(model, path)
+    if names[0] not in read:
+      continue
+    if names == [path]:
+      value = place(path, read[path]())
+    else:
+      value = stack_layers([place(n, read[n]()) for n in names], path)
+    _insert(out, path, value)
+  return out
+
+
+def _load_with_transform(
+  model: nn.Module, read: Mapping[str, Callable[[], np.ndarray]], transform: Any, key: jax.Array
+) -> dict[str, Any]:
+  raise NotImplementedError
+
+
+def _looped_paths(model: nn.Module, path: str) -> list[str]:
+  """The paths of the tensors behind a leaf: itself, or one per layer of a scanned stack."""
+  stack, length = model.stack
+  if not model.scan or not path.startswith(stack + "/"):
+    return [path]
+  return [f"{stack}/{i}{path[len(stack) :]}" for i in range(length)]
+
+
+def _is_kernel(path: str) -> bool:
+  return path.endswith("/kernel")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """A nested dict as {path: leaf}; whatever is no dict is a leaf."""
+  out: dict[str, Any] = {}
+  for k, v in tree.items():
+    out |= flatten(v, f"{prefix}{k}/") if isinstance(v, Mapping) else {prefix + k: v}
+  return out
+
+
+def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
+  *heads, last = path.split("/")
+  for k in heads:
+    tree = tree.setdefault(k, {})
+  tree[last] = value
+
+
+def _plain_leaves(params: Mapping[str, Any]) -> dict[str, Any]:
+  leaves = flatten(params)
+  for path, leaf in leaves.items():
+    if isinstance(leaf, nn.Partitioned):  # a box of sharding names, not a node
+      leaves[path] = leaf = leaf.unbox()
+    if isinstance(leaf, meta.AxisMetadata) or not hasattr(leaf, "dtype"):
+      raise ValueError(
+        f"{path!r} holds a {type(leaf).__name__}; only plain arrays can be saved. "
+        "Fold the nodes into the weights first: save_pretrained(folder, model, pelt.merge(params))"
+      )
+  return leaves
+
+
+def _check_tree(model: nn.Module, leaves: Mapping[str, Any]) -> None:
+  expected = flatten(abstract_params(model))
+  problems = [
+    f"{p} is missing, expected shape {expected[p].shape}"
+    for p in expected
+    if p not in leaves and not _optional(model, p)
+  ]
+  problems += [f"{p} {leaves[p].shape} is unexpected" for p in leaves if p not in expected]
+  problems += [
+    f"{p} has shape {leaves[p].shape}, expected {expected[p].shape}"
+    for p in leaves
+    if p in expected and leaves[p].shape != expected[p].shape
+  ]
+  if problems:
+    raise ValueError("params do not fit the model:\n  " + "\n  ".join(problems[:20]))
+
+
+def _raw_config(model: nn.Module, dtype: Any) -> dict[str, Any]:
+  config = model.config
+  raw = dict(config.raw) | {
+    "architectures": [model.architecture],
+    "torch_dtype": jnp.dtype(dtype).name,
+  }
+  raw.pop("dtype", None)  # transformers 5 prefers it over torch_dtype, and it may be another
+  if config.num_labels != len(raw.get("id2label") or {}):
+    labels = [f"LABEL_{i}" for i in range(config.num_labels)]
+    raw["num_labels"] = config.num_labels
+    raw["id2label"] = {str(i): name for i, name in enumerate(labels)}
+    raw["label2id"] = {name: i for i, name in enumerate(labels)}
+  return raw
+
+
+def _folder(source: str | Path) -> Path:
+  folder = Path(source)
+  if folder.is_dir():
+    return folder
+  if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
+    raise FileNotFoundError(f"there is no folder {str(source)!r}")
+  try:
+    import huggingface_hub
+  except ImportError:
+    raise FileNotFoundError(
+      f"there is no folder {str(source)!r}; to fetch it from the hub, install huggingface_hub"
+    ) from None
+  try:
+    return Path(
+      huggingface_hub.snapshot_download(
+        str(source), allow_patterns=["config.json", "*.safetensors*", *_SIDE_FILES]
+      )
+    )
+  except Exception as error:
+    raise FileNotFoundError(
+      f"there is no folder {str(source)!r}, and fetching it from the hub failed: {error}"
+    ) from error
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+  index = folder / "model.safetensors.index.json"
+  if index.is_file():
+    weights = _read_json(index)["weight_map"]
+    files: Sequence[Path] = [folder / name for name in sorted(set(weights.values()))]
+  else:
+    files = [folder / "model.safetensors"]
+  for file in files:
+    if not file.is_file():
+      raise FileNotFoundError(f"{file} is missing (only safetensors checkpoints are read)")
+  return {name: entry for file in files for name, entry in read_header(file).items()}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+  if not file.is_file():
+    raise FileNotFoundError(f"{file} is missing: {file.parent} is no Hugging Face model folder")
+  try:
+    return json.loads(file.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{file} is not valid JSON: {error}") from error
