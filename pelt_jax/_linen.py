@@ -1,0 +1,442 @@
+"""The Linen backend: lists a model's sites and runs nodes, both by one method interceptor."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import tracers
+
+from pelt_jax import _call
+from pelt_jax._call import Call, Context, Frame
+from pelt_jax._node import (
+  BYPASS,
+  GENERATORS,
+  Bypass,
+  Weight,
+  base,
+  contract,
+  materialize,
+  product,
+  spread,
+  static,
+  strip,
+  table_rows,
+  unbox,
+  update_at,
+  walk,
+)
+from pelt_jax._rules import rule_for
+from pelt_jax._site import Roles, Site, with_roles
+from pelt_jax._tree import fold
+
+_KEYWORDS = ("rows", "train_nodes", "record")
+_SOWN = "pelt:"  # prefix of the names under which recorded values travel
+
+
+def bypass(apply: Callable) -> Callable:
+  """`apply` that runs the nodes in its params.
+
+  The result has `apply`'s signature plus three run-time keywords:
+
+  - `rows`: (B,) integers, which member of a bank each batch row uses; may be traced.
+  - `train_nodes`: overrides whether nodes are in training (dropout). By default the nearest
+    enclosing `deterministic` or `train` argument decides; a dropout key alone says nothing.
+  - `record`: names (`"gates"`, ...) of values to hand out. The result is then
+    `(out, {path: {name: array}})`, with `mutable` `((out, variables), record)`. Under a scan the
+    layer axis comes first.
+
+  On params without nodes it computes what `apply` computes. The interceptor is entered inside the
+  returned function, so it may be jitted, mapped and differentiated like `apply`.
+
+  Args:
+    apply: `model.apply` of a Linen module, or a function that takes variables first and calls it.
+
+  Returns:
+    The function.
+
+  Raises:
+    TypeError: if `apply` is not callable, or its module has an argument with one of the names.
+    ValueError: when run, if a bypass node's module was called and the node did not run.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, pelt_jax as pelt
+    >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> method = pelt.lora(rank=2, targets="kernel")
+    >>> params = method.init(jax.random.key(1), params, pelt.sites(model, x))
+    >>> pelt.bypass(model.apply)({"params": params}, x).shape
+    (2, 3)
+  """
+  if not callable(apply):
+    raise TypeError(f"apply must be a function such as model.apply, got {type(apply)}")
+  module = getattr(apply, "__self__", None)
+  if isinstance(module, nn.Module):
+    names = inspect.signature(type(module).__call__).parameters
+    taken = [name for name in _KEYWORDS if name in names]
+    if taken:
+      raise TypeError(
+        f"{type(module).__name__}.__call__ already has an argument named {taken}; bypass adds "
+        f"{_KEYWORDS}. Wrap a function that passes the model's own by another name"
+      )
+
+  @functools.wraps(apply)
+  def run(variables, *args, rows=None, train_nodes=None, record=(), **kwargs):
+    params = variables["params"] if "params" in variables else {}
+    nodes = [path for path, value in walk(params) if isinstance(value, Bypass)]
+    if GENERATORS in params:
+      params = fold(params)
+    variables = {**variables, "params": params}
+    record = (record,) if isinstance(record, str) else tuple(record)
+    mutable = kwargs.get("mutable", False)
+    if record:
+      kwargs["mutable"] = _with_intermediates(mutable)
+    context = Context(rows=rows, train=train_nodes, record=record)
+    with _call.activate(context), nn.intercept_methods(_interceptor(context)):
+      out = apply(variables, *args, **kwargs)
+    _check_ran(nodes, context)
+    return _recorded(out, mutable) if record else out
+
+  return run
+
+
+def _check_ran(nodes: list[str], context: Context) -> None:
+  owners = {path: path.rpartition("/")[0] for path in nodes}
+  idle = [path for path, owner in owners.items() if owner in context.called - context.ran]
+  if idle:
+    raise ValueError(
+      f"these nodes did not run though their modules were called: {idle}. A bypass node runs on a "
+      "module's __call__; the model reached these by another method"
+    )
+
+
+def _with_intermediates(mutable: Any) -> Any:
+  if mutable is True:
+    return True
+  names = [mutable] if isinstance(mutable, str) else list(mutable or [])
+  return [*names, "intermediates"]
+
+
+def _recorded(out: Any, mutable: Any) -> Any:
+  """Splits `(out, variables)` into what the caller asked for and the recorded values."""
+  out, variables = out
+  variables = dict(variables)
+  values: dict[str, dict[str, Any]] = {}
+  kept: dict[str, Any] = {}
+  for path, value in walk(variables.pop("intermediates", {})):
+    parent, _, name = path.rpartition("/")
+    if name.startswith(_SOWN):
+      value = value[0] if len(value) == 1 else value
+      values.setdefault(parent, {})[name.removeprefix(_SOWN)] = value
+    else:
+      kept[path] = value
+  if kept and (mutable is True or "intermediates" in (mutable or ())):
+    variables["intermediates"] = update_at({}, kept)
+  return ((out, variables) if mutable else out), values
+
+
+def _interceptor(context: Context, listen: Callable | None = None) -> Callable:
+  """Runs nodes round every module call; `listen(frame, out)` hears of each."""
+
+  def intercept(next_fun: Callable, args: tuple, kwargs: dict, where: Any) -> Any:
+    module, method = where.module, where.method_name
+    if module.scope is None or method == "<lambda>":  # the shell call of a lifted transform
+      return next_fun(*args, **kwargs)
+    if method == "setup":
+      return _setup(context, module, next_fun, args, kwargs)
+    path = "/".join(module.scope.path)
+    frame = Frame(
+      path=path,
+      method=method,
+      module=module,
+      function=inspect.unwrap(where.orig_method.func),
+      args=args,
+      kwargs=kwargs,
+      parent=context.top,
+      trace=tracers.current_trace(),
+      key=functools.partial(_stream, module),
+      sow=functools.partial(_sow, module),
+    )
+    # share_scope and super(): the outermost call of a path owns its node
+    owned = any(f.path == path and f.method == method for f in frame.climb() if f is not frame)
+    leaves = module.scope.variables().get("params", {})
+    node = leaves.get(BYPASS)
+    node = node if isinstance(node, Bypass) and not owned and method == "__call__" else None
+    if not owned:
+      context.called.add(path)
+      frame.count = context.counts.get((path, method), 0)
+      context.counts[path, method] = frame.count + 1
+    call = Call(next=_again(next_fun, module) if node else next_fun, frame=frame, context=context)
+    call = dataclasses.replace(call, next=_product(call, leaves))
+    context.top = frame
+    try:
+      if node is None:
+        out = call.next(*args, **kwargs)
+      else:
+        context.ran.add(path)
+        out = node(call, *args, **kwargs)
+    finally:
+      context.top = frame.parent
+    parent = frame.parent
+    if parent is not None and parent.trace == frame.trace and module.name:
+      parent.seen[module.name] = (frame.input, out)  # same trace only: no tracer escapes
+    if listen is not None:
+      listen(frame, out, owned)
+    return out
+
+  return intercept
+
+
+def _setup(context: Context, module: Any, next_fun: Callable, args: tuple, kwargs: dict) -> Any:
+  """Runs `setup`; a module whose every call has a rule may hold nodes that cannot be built."""
+  functions = (f for klass in type(module).__mro__ for f in vars(klass).values())
+  served = any(rule_for(f) for f in functions if inspect.isfunction(f))
+  before, context.in_setup = context.in_setup, served
+  try:
+    return next_fun(*args, **kwargs)
+  finally:
+    context.in_setup = before
+
+
+def _again(next_fun: Callable, module: nn.Module) -> Callable:
+  """`next_fun`, callable any number of times inside one compact call.
+
+  Flax itself does this when a compact method returns: names reserved so far are freed.
+  """
+  used: list[int] = []
+
+  def run(*args, **kwargs):
+    if used:
+      object.__setattr__(module, "scope", module.scope.rewound())
+      module._state.autoname_cursor = {}
+    used.append(1)
+    return next_fun(*args, **kwargs)
+
+  return run
+
+
+def _product(call: Call, leaves: Mapping) -> Callable:
+  """What runs inside the bypass node: the rule if a leaf is a weight node, else the method."""
+  found = rule_for(call.frame.function)
+  if found is None or not any(isinstance(v, Weight) for v in leaves.values()):
+    return call.next
+  bound = {
+    name: Leaf(value, call)
+    for name, value in leaves.items()
+    if isinstance(value, Weight) or hasattr(strip(value), "dtype")
+  }
+
+  def run(*args, **kwargs):
+    out = found(call.module, bound, *args, **kwargs)
+    return call.next(*args, **kwargs) if out is NotImplemented else out
+
+  return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """A leaf as a rule sees it: an array or a weight node bound to its Call."""
+
+  value: Any
+  call: Call
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.value.shape if isinstance(self.value, Weight) else jnp.shape(strip(self.value))
+
+  @property
+  def dtype(self) -> Any:
+    return self.value.dtype if isinstance(self.value, Weight) else strip(self.value).dtype
+
+  def einsum(self, eq: str, x: jax.Array, precision: Any = None) -> jax.Array:
+    return product(eq, x, self.value, self.call, precision)
+
+  def lookup(self, ids: jax.Array) -> jax.Array:
+    return table_rows(self.value, ids, self.call)
+
+  def spread(self, like: Any) -> jax.Array:
+    if isinstance(self.value, Weight):
+      return self.value.spread(like, self.call)
+    return spread(strip(self.value), like)
+
+  def materialize(self) -> jax.Array:
+    return materialize(self.value)
+
+
+def _stream(module: nn.Module, name: str) -> jax.Array | None:
+  """The key of a random stream; its counter is not advanced, so the base model stays the same."""
+  found = module.scope.rngs.get(name)
+  return None if found is None else found.as_jax_rng()
+
+
+def _sow(module: nn.Module, name: str, value: jax.Array) -> None:
+  if not module.scope.is_mutable_collection("intermediates"):
+    raise ValueError(
+      f"record={name!r}: {'/'.join(module.scope.path)!r} runs inside a scan or map that does not "
+      "declare the collection 'intermediates', so the value cannot come out. Add "
+      "variable_axes={'intermediates': 0} to it"
+    )
+  module.sow("intermediates", _SOWN + name, value)
+
+
+class Probe(Weight):
+  """Stands for a leaf while sites are listed, and tells the listener how it is used."""
+
+  base: Any = base()
+  path: str = static("")
+
+  def _heard(self, equation: str | None) -> None:
+    context = _call.active()
+    if isinstance(context, Listening) and not context.in_setup:
+      ndim, uses = context.uses.setdefault(self.path, (self.ndim, []))
+      if equation is not None and equation not in uses:
+        uses.append(equation)
+
+  def materialize(self) -> jax.Array:
+    self._heard(None)
+    return self.base
+
+  def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
+    self._heard(eq)
+    return contract(eq, x, self.base, precision)
+
+  def lookup(self, ids: jax.Array, call: Any = None) -> jax.Array:
+    self._heard("lookup")
+    return jnp.take(self.base, ids, axis=0)
+
+
+@dataclasses.dataclass
+class Listening(Context):
+  """A context that collects calls and uses of leaves."""
+
+  uses: dict[str, tuple[int, list[str]]] = dataclasses.field(default_factory=dict)
+  calls: dict[str, Site] = dataclasses.field(default_factory=dict)
+
+  def listen(self, frame: Frame, out: Any, owned: bool) -> None:
+    if owned:
+      return
+    first = next((v for v in jax.tree.leaves((frame.args, frame.kwargs)) if _is_array(v)), None)
+    given = next((v for v in jax.tree.leaves(out) if _is_array(v)), None)
+    if frame.method != "__call__" and frame.path in self.calls:
+      return
+    self.calls[frame.path] = Site(
+      path=frame.path,
+      kind="call",
+      module=type(frame.module).__name__,
+      shape=() if first is None else tuple(first.shape),
+      dtype="" if first is None else str(first.dtype),
+      out=() if given is None else tuple(given.shape),
+    )
+
+
+def sites(
+  model: nn.Module,
+  *args: Any,
+  roles: Roles | None = None,
+  method: Any = None,
+  rngs: Any = None,
+  **kwargs: Any,
+) -> tuple[Site, ...]:
+  """Lists where a method can act in `model`, by an abstract trace: no weights, no FLOPs.
+
+  Args:
+    model: a Linen module.
+    *args: example inputs of `model.apply`, arrays or `jax.ShapeDtypeStruct`.
+    roles: role name -> `Role`s (or `(pattern, placement, tap)`); by default `model.roles`.
+    method: the method to trace, as in `model.apply`.
+    rngs: random keys for streams the call needs besides `params` and `dropout`.
+    **kwargs: keyword inputs; anything that is no array is passed as it is.
+
+  Returns:
+    Call sites in the order of their paths, then leaf sites. Hashable.
+
+  Raises:
+    TypeError: if `model` is not a Linen module.
+    ValueError: if params are stacked on another axis than the first.
+
+  Example:
+    >>> import flax.linen as nn, jax.numpy as jnp, pelt_jax as pelt
+    >>> [s.path for s in pelt.sites(nn.Dense(3), jnp.ones((2, 4))) if s.kind == "leaf"]
+    ['bias', 'kernel']
+  """
+  if not isinstance(model, nn.Module):
+    raise TypeError(f"model must be a flax.linen Module, got {type(model)}")
+  flat, tree = jax.tree.flatten((args, kwargs))
+  is_array = [_is_array(x) for x in flat]
+  arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, a in zip(flat, is_array, strict=True) if a]
+  key = jax.eval_shape(lambda: jax.random.key(0))
+
+  def inputs(given):
+    given = iter(given)
+    merged = [next(given) if a else x for x, a in zip(flat, is_array, strict=True)]
+    return jax.tree.unflatten(tree, merged)
+
+  def streams(k):
+    return {"params": k, "dropout": k, **(rngs or {})}
+
+  def init(k, given):
+    args, kwargs = inputs(given)
+    return model.init(streams(k), *args, method=method, **kwargs)
+
+  variables = dict(jax.eval_shape(init, key, arrays))
+  params = unbox(variables.pop("params", {}))
+  probes = update_at({}, {path: Probe(leaf, path=path) for path, leaf in walk(params)})
+  heard = Listening()
+
+  def run(probes, variables, k, given):
+    args, kwargs = inputs(given)
+    with _call.activate(heard), nn.intercept_methods(_interceptor(heard, heard.listen)):
+      variables = {**variables, "params": probes}
+      return model.apply(variables, *args, method=method, rngs=streams(k), mutable=True, **kwargs)
+
+  jax.eval_shape(run, probes, variables, key, arrays)
+  leaves = [_leaf_site(heard, path, leaf) for path, leaf in walk(params)]
+  stacked = {site.parent: site.stacked for site in leaves}
+  calls = [
+    dataclasses.replace(site, stacked=_stacked_at(path, stacked))
+    for path, site in sorted(heard.calls.items())
+  ]
+  roles = getattr(model, "roles", None) if roles is None else roles
+  return with_roles((*calls, *leaves), roles)
+
+
+def _leaf_site(heard: Listening, path: str, leaf: Any) -> Site:
+  owner = heard.calls.get(path.rpartition("/")[0])
+  ndim, uses = heard.uses.get(path, (leaf.ndim, []))
+  lead = leaf.ndim - ndim
+  return Site(
+    path=path,
+    kind="leaf",
+    module=owner.module if owner else "",
+    shape=tuple(leaf.shape[lead:]),
+    dtype=str(leaf.dtype),
+    equations=tuple(uses),
+    stacked=tuple(leaf.shape[:lead]),
+    called=path in heard.uses,
+  )
+
+
+def _stacked_at(path: str, stacked: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+  """A module's stacked axes: its own leaves', those below it, else the nearest enclosing one's."""
+  if path in stacked:
+    return stacked[path]
+  below = [s for p, s in stacked.items() if p.startswith(f"{path}/")] if path else []
+  while path:
+    if below:
+      return min(below, key=len)
+    path = path.rpartition("/")[0]
+    if path in stacked:
+      return stacked[path]
+    below = [s for p, s in stacked.items() if p.startswith(f"{path}/")] if path else []
+  return ()
+
+
+def _is_array(x: Any) -> bool:
+  return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+

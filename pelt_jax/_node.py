@@ -1,0 +1,389 @@
+"""Nodes: typed pytrees that live inside the params tree, where a method adds something.
+
+Every array field of a node is declared by what becomes of it:
+
+| declaration | trains | saved | meaning |
+|---|---|---|---|
+| `base()` | no | no | the frozen leaf below |
+| `derived()` | no | no | rebuilt from the base at load (4-bit codes) |
+| `own()` | yes, in `group` | yes | the method's parameters |
+| `extra()` | no | yes | numbers that belong to the method but do not train (scaling) |
+
+`static()` fields shape the program: kernel axes, an activation's name. A field that holds another
+node follows that node's own declarations. Field types are not checked: the same class also holds
+labels, holes, shapes and partition specs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Self, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+BYPASS = "bypass"  # reserved key under a module's path
+GENERATORS = "generators"  # reserved key at the root
+REGISTRY: dict[str, type["Node"]] = {}  # class name -> class, for files; never an import path
+
+_KINDS = ("base", "derived", "own", "extra", "static")
+
+
+def _declared(kind: str, default: Any, kw_only: bool = False) -> Any:
+  return dataclasses.field(default=default, metadata={"kind": kind}, kw_only=kw_only)
+
+
+def base(default: Any = None) -> Any:
+  """Declares the frozen leaf below: neither trains nor is saved."""
+  return _declared("base", default)
+
+
+def derived(default: Any = None) -> Any:
+  """Declares an array that `rebuild(source)` makes again at load."""
+  return _declared("derived", default)
+
+
+def own(default: Any = None) -> Any:
+  """Declares a parameter of the method: trains with the node's `group`, and is saved."""
+  return _declared("own", default)
+
+
+def extra(default: Any = None) -> Any:
+  """Declares a number of the method that is saved and does not train."""
+  return _declared("extra", default)
+
+
+def static(default: Any = None, kw_only: bool = False) -> Any:
+  """Declares a value that shapes the program (part of the tree's structure)."""
+  return _declared("static", default, kw_only)
+
+
+@dataclass_transform(field_specifiers=(base, derived, own, extra, static), frozen_default=True)
+class Node(meta.AxisMetadata):
+  """A pytree inside the params. Subclassing makes a frozen dataclass and registers it.
+
+  Attributes:
+    group: label of the `own` fields; None freezes them.
+    stacked: how many leading axes every array field has from scan or vmap, at this moment.
+  """
+
+  group: str | None = static("trainable", kw_only=True)
+  stacked: int = static(0, kw_only=True)
+
+  kinds: ClassVar[dict[str, str]] = {}
+
+  def __init_subclass__(cls, **kwargs: Any):
+    super().__init_subclass__(**kwargs)
+    for name in cls.__dict__.get("__annotations__", {}):
+      value = cls.__dict__.get(name)
+      if "ClassVar" in str(cls.__dict__["__annotations__"][name]):
+        continue
+      if not isinstance(value, dataclasses.Field) or value.metadata.get("kind") not in _KINDS:
+        raise TypeError(
+          f"{cls.__name__}.{name} is undeclared: write `{name}: Any = own()`, or base(), "
+          "derived(), extra(), static()"
+        )
+    dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    cls.kinds = {f.name: f.metadata["kind"] for f in dataclasses.fields(cls)}
+    arrays = tuple(n for n, k in cls.kinds.items() if k != "static")
+    statics = tuple(n for n, k in cls.kinds.items() if k == "static")
+
+    def flatten(node):
+      return [getattr(node, n) for n in arrays], tuple(getattr(node, n) for n in statics)
+
+    def flatten_with_keys(node):
+      keys = [(jax.tree_util.GetAttrKey(n), getattr(node, n)) for n in arrays]
+      return keys, tuple(getattr(node, n) for n in statics)
+
+    def unflatten(aux, children):
+      node = object.__new__(cls)
+      for name, value in zip(arrays + statics, (*children, *aux), strict=True):
+        object.__setattr__(node, name, value)
+      return node
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    if cls.__name__ in REGISTRY and REGISTRY[cls.__name__].__module__ != cls.__module__:
+      raise TypeError(f"a node class named {cls.__name__} exists already; files name nodes by class")
+    REGISTRY[cls.__name__] = cls
+
+  def replace(self, **changes: Any) -> Self:
+    """A copy with some fields changed."""
+    return dataclasses.replace(self, **changes)
+
+  def array(self, name: str) -> Any:
+    """A field without the partitioning box that may surround it."""
+    return strip(getattr(self, name))
+
+  def children(self) -> Iterator[tuple[str, Any]]:
+    """Names and values of the non-static fields."""
+    return ((n, getattr(self, n)) for n, k in self.kinds.items() if k != "static")
+
+  def specs(self, spec: tuple, tensor: tuple) -> Self:
+    """The node holding a partition spec per array.
+
+    Args:
+      spec: the leaf's own partition spec, stacked axes first, one entry per axis.
+      tensor: the same without the axes of fully sharded data parallelism.
+
+    Arrays are replicated unless a class knows better; stacked axes follow the leaf's.
+    """
+    P = jax.sharding.PartitionSpec
+
+    def of(name: str, value: Any) -> Any:
+      if isinstance(value, Node):
+        return value.specs(spec, tensor)
+      if self.kinds[name] == "base" and value is not None:
+        return P(*spec)
+      return jax.tree.map(lambda _: P(*tensor[: self.stacked]), value)
+
+    return self.replace(**{n: of(n, v) for n, v in self.children()})
+
+  # What Flax asks of a box: scans move `stacked`, boxes inside follow.
+  def unbox(self) -> Any:
+    return self
+
+  def replace_boxed(self, val: Any) -> Any:
+    return val
+
+  def add_axis(self, index: int, params: dict) -> Self:
+    return self._moved("add_axis", 1, index, params)
+
+  def remove_axis(self, index: int, params: dict) -> Self:
+    return self._moved("remove_axis", -1, index, params)
+
+  def _moved(self, method: str, by: int, index: int, params: dict) -> Self:
+    if index != 0:
+      raise ValueError(
+        f"params stacked on axis {index}: {type(self).__name__} supports scan and vmap over axis 0"
+      )
+
+    def move(box: Any) -> Any:
+      return getattr(box, method)(index, params) if meta.is_axis_metadata(box) else box
+
+    moved = {
+      n: jax.tree.map(move, v, is_leaf=meta.is_axis_metadata) for n, v in self.children()
+    }
+    return self.replace(**moved, stacked=self.stacked + by)
+
+  def __repr__(self) -> str:
+    def show(v: Any) -> str:
+      if hasattr(v, "shape") and hasattr(v, "dtype"):
+        return f"{v.dtype}{list(v.shape)}"
+      return repr(v)
+
+    fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+    shown = ", ".join(f"{n}={show(v)}" for n, v in fields)
+    return f"{type(self).__name__}({shown})"
+
+
+dataclasses.dataclass(frozen=True, eq=False, repr=False)(Node)
+
+
+class Weight(Node):
+  """A node in place of an array leaf: it knows how to multiply without being built."""
+
+  def materialize(self) -> jax.Array:
+    """The plain array (with its stacked axes)."""
+    raise NotImplementedError
+
+  def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
+    """`jnp.einsum(eq, x, self)`; the array is cast to `x.dtype`, as the caller fixes the dtype."""
+    return contract(eq, x, self.materialize(), precision)
+
+  def lookup(self, ids: jax.Array, call: Any = None) -> jax.Array:
+    """Rows of a table: `(..., d)` for ids `(...)`."""
+    return jnp.take(self.materialize(), ids, axis=0)
+
+  def spread(self, like: jax.Array, call: Any = None) -> jax.Array:
+    """The array shaped to broadcast against the trailing axes of `like`."""
+    return spread(self.materialize(), like)
+
+  def matmul(self, x: jax.Array, call: Any = None) -> jax.Array:
+    """`x @ self`."""
+    return self.einsum("...i,io->...o", x, call)
+
+  def unmergeable(self) -> str | None:
+    """Why `merge` cannot turn this into a plain array, or None."""
+    return None
+
+  def changed(self) -> int:
+    """How many entries of the leaf may differ from the base."""
+    return 0 if self.group is None else math.prod(self.shape)
+
+  def rank(self) -> int:
+    """An upper bound on the rank of the change of one matrix."""
+    return 0
+
+  @property
+  def inner(self) -> Any:
+    """The leaf below: an array or another weight."""
+    return getattr(self, "base", None)
+
+  def based(self, below: Any) -> Self:
+    """The node over another leaf; a node without a base stays as it is."""
+    return self.replace(base=below) if "base" in self.kinds else self
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(jnp.shape(strip(self.inner)))
+
+  @property
+  def dtype(self) -> Any:
+    return strip(self.inner).dtype
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  def unbox(self) -> jax.Array:
+    return self.materialize()
+
+
+class Bypass(Node):
+  """A node under a module's path (key `bypass`): it wraps the module's call."""
+
+  def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+    """Receives the module's own arguments, returns its output; `call.next` runs what is inside."""
+    raise NotImplementedError
+
+
+class Branch(Node):
+  """A function `x -> delta` inside a placement."""
+
+  def __call__(self, call: Any, x: jax.Array) -> jax.Array:
+    """The branch's output for `x`."""
+    raise NotImplementedError
+
+
+class Generator(Node):
+  """A node at the root that fills waiting fields of other nodes from shared parameters."""
+
+  def expand(self, params: dict) -> dict:
+    """Params in which the nodes this generator serves are filled."""
+    raise NotImplementedError
+
+
+class Chain(Bypass):
+  """Several bypasses at one site; the last is outermost."""
+
+  nodes: Any = own(())
+
+  def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+    for i, node in enumerate(self.nodes):
+      call = call.wrapped(node, i)
+    return call.next(*args, **kwargs)
+
+
+def strip(value: Any) -> Any:
+  """The value without Flax's partitioning boxes; nodes stay."""
+  while meta.is_axis_metadata(value) and not isinstance(value, Node):
+    value = value.value  # not .unbox(): that would add a sharding constraint
+  return value
+
+
+def unbox(tree: Any) -> Any:
+  """Strips partitioning boxes from a tree and inside its nodes, and keeps the nodes.
+
+  `flax.linen.unbox` would merge the nodes silently: to Flax a node is a box of its plain array.
+  """
+
+  def visit(x: Any) -> Any:
+    x = strip(x)
+    if isinstance(x, Node):
+      is_leaf = meta.is_axis_metadata
+      return x.replace(**{n: jax.tree.map(visit, v, is_leaf=is_leaf) for n, v in x.children()})
+    return x
+
+  return jax.tree.map(visit, tree, is_leaf=meta.is_axis_metadata)
+
+
+def is_node(x: Any) -> bool:
+  """Whether `x` is a node; the `is_leaf` of tree walks that stop at nodes."""
+  return isinstance(x, Node)
+
+
+def walk(params: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+  """Yields `(path, value)` for every leaf and node of nested dicts, in order."""
+  if isinstance(params, Mapping):
+    for key, value in params.items():
+      yield from walk(value, (*path, str(key)))
+  else:
+    yield "/".join(path), params
+
+
+def update_at(params: Any, changes: Mapping[str, Any]) -> dict:
+  """A copy of nested dicts with the values at some paths set; missing dicts are made."""
+  new = {k: v for k, v in params.items()}
+  below: dict[str, dict[str, Any]] = {}
+  for path, value in changes.items():
+    head, _, rest = path.partition("/")
+    if rest:
+      below.setdefault(head, {})[rest] = value
+    else:
+      new[head] = value
+  for head, some in below.items():
+    new[head] = update_at(new.get(head, {}), some)
+  return new
+
+
+def get_at(params: Any, path: str) -> Any:
+  """The value at a path of nested dicts, or None."""
+  for key in path.split("/") if path else ():
+    if not isinstance(params, Mapping) or key not in params:
+      return None
+    params = params[key]
+  return params
+
+
+def map_arrays(fn: Callable[[str, str | None, Any, str], Any], tree: Any, *, is_leaf=None) -> Any:
+  """Maps `fn(kind, group, value, path)` over all arrays; arrays outside nodes have kind `base`."""
+
+  def visit(value: Any, kind: str, group: str | None, path: str) -> Any:
+    if isinstance(value, Node):
+      new = {
+        n: visit(v, value.kinds[n], value.group, f"{path}/{n}") for n, v in value.children()
+      }
+      return value.replace(**new)
+    if isinstance(value, Mapping):
+      return {k: visit(v, kind, group, f"{path}/{k}" if path else str(k)) for k, v in value.items()}
+    if type(value) in (tuple, list):
+      return type(value)(visit(v, kind, group, f"{path}/{i}") for i, v in enumerate(value))
+    return jax.tree.map(lambda x: fn(kind, group, x, path), value, is_leaf=is_leaf)
+
+  return visit(tree, "base", None, "")
+
+
+def spread(value: jax.Array, like: jax.Array) -> jax.Array:
+  """`value` cast to `like.dtype`, with leading ones so that it broadcasts against `like`."""
+  value = jnp.asarray(value, like.dtype)
+  return value.reshape((1,) * (like.ndim - value.ndim) + value.shape)
+
+
+def contract(eq: str, x: jax.Array, w: Any, precision: Any = None) -> jax.Array:
+  """`jnp.einsum(eq, x, w)` with `w` cast to `x.dtype`; a plain product runs on a 2-D `x`.
+
+  The 2-D form is the same product; XLA:CPU runs N-D products of a thin matrix much slower.
+  """
+  w = jnp.asarray(strip(w), x.dtype)
+  if eq == "...i,io->...o" and x.ndim > 2:
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), w, precision=precision)
+    return y.reshape(*x.shape[:-1], w.shape[-1])
+  return jnp.einsum(eq, x, w, precision=precision)
+
+
+def product(eq: str, x: jax.Array, w: Any, call: Any = None, precision: Any = None) -> jax.Array:
+  """The product of `x` with an array or a weight node."""
+  if isinstance(w, Weight):
+    return w.einsum(eq, x, call, precision)
+  return contract(eq, x, w, precision)
+
+
+def table_rows(table: Any, ids: jax.Array, call: Any = None) -> jax.Array:
+  """Rows of an array or of a weight node."""
+  return table.lookup(ids, call) if isinstance(table, Weight) else jnp.take(strip(table), ids, axis=0)
+
+
+def materialize(w: Any) -> jax.Array:
+  """The plain array of an array, a box or a weight node."""
+  return w.materialize() if isinstance(w, Weight) else strip(w)

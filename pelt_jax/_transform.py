@@ -1,0 +1,165 @@
+"""Transforms: what a method is. `init` adds nodes, `post_step` acts after an optimizer step."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax.core import meta
+
+from pelt_jax._node import BYPASS, Bypass, Chain, Node, Weight, get_at, strip, update_at
+from pelt_jax._site import Site
+from pelt_jax.nodes._tuned import Guard
+
+
+class PostStep(NamedTuple):
+  """What a method does once per optimizer step, with static shapes.
+
+  Attributes:
+    init: `params -> state`.
+    update: `(state, old, new, grads, record=None) -> (params, state)` on trainable trees with holes;
+      `grads` are those after clipping.
+  """
+
+  init: Callable[[Any], Any]
+  update: Callable[..., tuple[Any, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """A method.
+
+  Attributes:
+    init: `(key, params, sites) -> params` adds nodes; can be jitted with sites static.
+    post_step: a `PostStep`, or None.
+  """
+
+  init: Callable[[jax.Array, dict, tuple[Site, ...]], dict]
+  post_step: PostStep | None = None
+
+
+def chain(*transforms: Transform) -> Transform:
+  """Applies transforms left to right; a later one sees the nodes of the earlier ones.
+
+  Args:
+    *transforms: at least one.
+
+  Returns:
+    One transform; its post-step runs theirs in the same order.
+
+  Raises:
+    TypeError: if an argument is no `Transform`.
+
+  Example:
+    >>> import pelt_jax as pelt
+    >>> method = pelt.chain(pelt.lora(rank=8, alpha=16), pelt.train("head"))
+  """
+  wrong = [t for t in transforms if not isinstance(t, Transform)]
+  if wrong or not transforms:
+    raise TypeError(f"chain takes transforms such as pelt.lora(...), got {wrong or 'none'}")
+
+  def init(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
+    for transform in transforms:
+      params = transform.init(key, params, sites)
+    return params
+
+  steps = [t.post_step for t in transforms if t.post_step is not None]
+
+  def update(state: tuple, old: Any, new: Any, grads: Any, record: Any = None) -> tuple[Any, tuple]:
+    states = []
+    for step, mine in zip(steps, state, strict=True):
+      new, mine = step.update(mine, old, new, grads, record)
+      states.append(mine)
+    return new, tuple(states)
+
+  post = PostStep(lambda params: tuple(s.init(params) for s in steps), update) if steps else None
+  return Transform(init, post)
+
+
+def site_key(key: jax.Array, path: str, leaf: Any = None) -> jax.Array:
+  """The key of one site: folded from its path and the number of nodes already there.
+
+  So neither the order of sites nor other sites matter, and two nodes on one leaf differ.
+  """
+  depth = 0
+  while isinstance(leaf, Node):
+    depth, leaf = depth + 1, leaf.inner if isinstance(leaf, Weight) else None
+  return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF), depth)
+
+
+def require(params: dict, site: Site) -> Any:
+  """The leaf or node at a leaf site.
+
+  Raises:
+    ValueError: if params have nothing there, or (for a plain array) another shape.
+  """
+  leaf = get_at(params, site.path)
+  if leaf is None or isinstance(leaf, dict):
+    raise ValueError(
+      f"params have no leaf {site.path!r}: pass the params of the model that sites were made of"
+    )
+  shape = leaf.shape if isinstance(leaf, Weight) else strip(leaf).shape
+  if tuple(shape) != site.stacked + site.shape:
+    raise ValueError(
+      f"{site.path!r} has shape {tuple(shape)}, but sites say {site.stacked + site.shape}; "
+      "sites and params are of different models"
+    )
+  return leaf
+
+
+def over(leaf: Any, make: Callable[[Any], Any]) -> Any:
+  """`make(leaf)`, inside the guard if there is one: the guard stays outermost."""
+  return leaf.based(make(leaf.base)) if isinstance(leaf, Guard) else make(leaf)
+
+
+def like_box(leaf: Any, value: jax.Array, names: tuple[str | None, ...]) -> Any:
+  """`value` in a partitioning box like the base leaf's, with these axis names; bare if that is bare.
+
+  A tree without boxes stays without; one with boxes has one round every array.
+  """
+  while isinstance(leaf, Weight):
+    leaf = leaf.inner
+  if not meta.is_axis_metadata(leaf):
+    return value
+  return leaf.replace(value=value, names=names)
+
+
+def box_names(leaf: Any, ndim: int) -> tuple[str | None, ...]:
+  """The axis names of the box round a base leaf, Nones where there is none."""
+  while isinstance(leaf, Weight):
+    leaf = leaf.inner
+  return tuple(leaf.names) if meta.is_axis_metadata(leaf) else (None,) * ndim
+
+
+def add_bypass(params: dict, sites: tuple[Site, ...], path: str, node: Bypass) -> dict:
+  """Params with a bypass node at a module, outermost there, and a leaf guarded.
+
+  The guard goes round a leaf of the module, else of the nearest enclosing call that has one.
+
+  Raises:
+    ValueError: if no module call at `path` was traced.
+  """
+  if not any(s.kind == "call" and s.path == path for s in sites):
+    raise ValueError(f"no call of a module at {path!r} was traced, so a bypass there would never run")
+  at = f"{path}/{BYPASS}" if path else BYPASS
+  before = get_at(params, at)
+  if before is not None:
+    nodes = before.nodes if isinstance(before, Chain) else (before,)
+    node = Chain((*nodes, node), stacked=node.stacked)
+  params = update_at(params, {at: node})
+  owner = path
+  while True:
+    leaf = next((s for s in sites if s.kind == "leaf" and s.called and s.parent == owner), None)
+    if leaf is not None or not owner:
+      break
+    owner = owner.rpartition("/")[0]
+  return params if leaf is None else _guarded(params, leaf.path)
+
+
+def _guarded(params: dict, path: str) -> dict:
+  leaf = get_at(params, path)
+  if isinstance(leaf, Guard):
+    return params
+  stacked = leaf.stacked if isinstance(leaf, Node) else 0
+  return update_at(params, {path: Guard(leaf, stacked=stacked)})

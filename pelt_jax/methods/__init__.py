@@ -1,0 +1,1 @@
+"""Methods: one paper, one file. Each composes nodes and holds no interception."""

@@ -1,0 +1,17 @@
+"""The vocabulary of nodes: weights, placements, branches, generators. Methods are made of these."""
+
+from pelt_jax.nodes._bank import Bank as Bank
+from pelt_jax.nodes._bank import BankWeight as BankWeight
+from pelt_jax.nodes._branches import Bottleneck as Bottleneck
+from pelt_jax.nodes._branches import Gated as Gated
+from pelt_jax.nodes._branches import MeanGate as MeanGate
+from pelt_jax.nodes._generators import PrefixMLP as PrefixMLP
+from pelt_jax.nodes._lora import Dropout as Dropout
+from pelt_jax.nodes._lora import FusedLora as FusedLora
+from pelt_jax.nodes._lora import LoraWeight as LoraWeight
+from pelt_jax.nodes._placements import After as After
+from pelt_jax.nodes._placements import AroundNorm as AroundNorm
+from pelt_jax.nodes._placements import Before as Before
+from pelt_jax.nodes._placements import Prefix as Prefix
+from pelt_jax.nodes._tuned import Guard as Guard
+from pelt_jax.nodes._tuned import Tuned as Tuned

@@ -1,0 +1,180 @@
+"""Several members at one place; each batch row uses the one that `rows` names."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pelt_jax import _call
+from pelt_jax._node import (
+  Branch,
+  Bypass,
+  Chain,
+  Weight,
+  base,
+  is_node,
+  own,
+  strip,
+  update_at,
+  walk,
+)
+from pelt_jax._tree import fold
+from pelt_jax.nodes._tuned import Guard
+
+
+class BankWeight(Weight):
+  """Weight nodes over one base: row i of the batch multiplies with member `rows[i]`.
+
+  Attributes:
+    base: what all members share.
+    members: one weight node without base; its arrays carry the member axis after stacked axes.
+  """
+
+  base: Any = base()
+  members: Any = own()
+
+  @property
+  def inner(self) -> Any:
+    return self.members.inner if self.base is None else self.base
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    shape = tuple(jnp.shape(strip(self.inner)))
+    return shape if self.base is not None else shape[: self.stacked] + shape[self.stacked + 1 :]
+
+  @property
+  def count(self) -> int:
+    """How many members."""
+    return jax.tree.leaves(self.members)[0].shape[self.stacked]
+
+  def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
+    inputs, kernel, out = eq.replace("->", ",").split(",")
+    if not inputs.startswith("..."):
+      if out[0] != inputs[0]:
+        raise ValueError(f"a bank needs the batch as first axis of input and output, not {eq!r}")
+      eq = f"{inputs[1:]},{kernel}->{out[1:]}"
+    return self._by_row(lambda m, row, c: m.einsum(eq, row, c, precision), x, call)
+
+  def lookup(self, ids: jax.Array, call: Any = None) -> jax.Array:
+    return self._by_row(lambda m, row, c: m.lookup(row, c), ids, call)
+
+  def spread(self, like: jax.Array, call: Any = None) -> jax.Array:
+    return self._by_row(lambda m, row, c: m.spread(row, c), like, call)
+
+  def materialize(self) -> jax.Array:
+    context = _call.active()
+    if context is not None and context.in_setup:  # a rule will serve the module's calls instead
+      return jnp.zeros(self.shape, self.dtype)
+    raise RuntimeError(
+      "a bank has no plain array: each row of the batch has its own. Run it through "
+      "pelt.bypass(model.apply) with rows=, in a module that has a rule (pelt.rule)"
+    )
+
+  def unmergeable(self) -> str | None:
+    return f"a bank of {self.count} members has no single array"
+
+  def rank(self) -> int:
+    return self.members.rank()
+
+  def _by_row(self, run: Callable, x: jax.Array, call: Any) -> jax.Array:
+    if call is None:
+      return self.materialize()  # raises: there are no rows to choose by
+    members = call.picked(self.members, x.shape[0], self.count)
+
+    def one(member: Weight, row: jax.Array, number: jax.Array) -> jax.Array:
+      return run(member.based(self.base), row, call.salt(number))
+
+    return jax.vmap(one)(members, x, jnp.arange(x.shape[0]))
+
+
+class Bank(Branch):
+  """Branches of one kind: row i of the batch runs member `rows[i]`.
+
+  Attributes:
+    members: one branch whose arrays carry the member axis after stacked axes.
+  """
+
+  members: Any = own()
+
+  def __call__(self, call: Any, x: jax.Array) -> jax.Array:
+    count = jax.tree.leaves(self.members)[0].shape[0]
+    members = call.picked(self.members, x.shape[0], count)
+    one = lambda m, row, i: m(call.salt(i), row[None])[0]  # noqa: E731
+    return jax.vmap(one)(members, x, jnp.arange(x.shape[0]))
+
+
+def bank(members: Sequence[dict]) -> dict:
+  """One tree that serves several adapters of one base: `rows` chooses a member for each batch row.
+
+  The member axis goes after stacked axes. LoRAs of unequal rank are padded with zeros.
+
+  Args:
+    members: params with nodes at the same sites, over the same base.
+
+  Returns:
+    Params whose nodes hold all members.
+
+  Raises:
+    ValueError: if there are no members, or their sites differ, naming both.
+  """
+  members = [fold(m) for m in members]
+  if not members:
+    raise ValueError("bank needs at least one member")
+  tables = [dict(walk(m)) for m in members]
+  for i, table in enumerate(tables):
+    kinds = [{p: type(v) for p, v in t.items() if is_node(v)} for t in (table, tables[0])]
+    odd = sorted(dict(set(kinds[0].items()) ^ set(kinds[1].items())))
+    if odd:
+      raise ValueError(f"members 0 and {i} of the bank differ at {odd[:4]}: give them the same sites")
+  out = {}
+  for path, first in tables[0].items():
+    nodes = [t[path] for t in tables]
+    if isinstance(first, Weight):
+      out[path] = _bank_weight(nodes, path)
+    elif isinstance(first, Bypass):
+      out[path] = _bank_bypass(nodes, path)
+    else:
+      out[path] = first
+  return update_at({}, out)
+
+
+def _bank_weight(nodes: list[Any], path: str) -> Any:
+  first = nodes[0]
+  if isinstance(first, Guard):
+    inner = [n.base for n in nodes]
+    return first.based(_bank_weight(inner, path) if isinstance(inner[0], Weight) else inner[0])
+  bare = [n.based(None) for n in nodes]
+  below = first.base if "base" in first.kinds else None
+  return BankWeight(below, _stack(bare, first.stacked, path), group=first.group, stacked=first.stacked)
+
+
+def _bank_bypass(nodes: list[Any], path: str) -> Any:
+  """Stacks the arrays; branches are wrapped in `Bank`, array-holding bypasses are told."""
+  first = nodes[0]
+  if isinstance(first, Chain):
+    parts = zip(*(n.nodes for n in nodes), strict=True)
+    return first.replace(nodes=tuple(_bank_bypass(list(p), path) for p in parts))
+  whole = _stack(nodes, first.stacked, path)
+
+  def wrap(value: Any) -> Any:
+    return Bank(value, group=value.group, stacked=value.stacked) if isinstance(value, Branch) else value
+
+  changes = {n: wrap(v) for n, v in whole.children()}
+  if "banked" in first.kinds:
+    changes["banked"] = True
+  return whole.replace(**changes)
+
+
+def _stack(nodes: Sequence[Any], axis: int, path: str) -> Any:
+  """Nodes of one structure as one, with a new axis in every array; smaller arrays are padded."""
+  structures = {jax.tree.structure(n) for n in nodes}
+  if len(structures) > 1:
+    raise ValueError(f"the members of the bank have different nodes at {path!r}: {structures}")
+
+  def join(*arrays: jax.Array) -> jax.Array:
+    shape = tuple(max(s) for s in zip(*(jnp.shape(a) for a in arrays), strict=True))
+    padded = [jnp.pad(a, [(0, n - m) for n, m in zip(shape, jnp.shape(a), strict=True)]) for a in arrays]
+    return jnp.stack(padded, axis=axis)
+
+  return jax.tree.map(join, *nodes)

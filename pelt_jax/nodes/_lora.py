@@ -1,0 +1,217 @@
+"""Low-rank weight nodes (LoRA, arXiv:2106.09685, equation 3)."""
+
+import functools
+import string
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pelt_jax._node import Node, Weight, base, extra, materialize, own, product, static, table_rows
+
+
+class Dropout(Node):
+  """Inverted dropout with a mask of its own for every node, call, layer and row.
+
+  Attributes:
+    rate: (), the share of entries dropped.
+    layer: None, or (L,) layer numbers under a scan, which may not split the random stream.
+      Floats, so that whole-tree gradients stay defined.
+  """
+
+  rate: Any = extra()
+  layer: Any = extra()
+
+  def __call__(self, call: Any, x: jax.Array) -> jax.Array:
+    """`x` with entries dropped in training, `x` itself otherwise."""
+    if call is None or not call.train:
+      return x
+    if self.layer is not None:
+      call = call.salt(jnp.asarray(self.layer, jnp.int32))
+    keep = 1.0 - jnp.asarray(self.rate, jnp.float32)
+    mask = jax.random.bernoulli(call.rng(), keep, x.shape)
+    return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+
+
+class LoraWeight(Weight):
+  """`base + scaling * a @ b`, never built in the forward pass: `x @ base + ((x @ a) * scaling) @ b`.
+
+  Attributes:
+    base: (in, out) in the plain case, an array or another weight node.
+    a: (in, rank).
+    b: (rank, out).
+    scaling: (), or one per stacked layer; alpha / rank.
+    dropout: None or a `Dropout` for the input of `a` alone.
+    axes: kernel axes : axes of a, axes of b. A letter in both a and b is a batch axis (experts).
+  """
+
+  base: Any = base()
+  a: Any = own()
+  b: Any = own()
+  scaling: Any = extra()
+  dropout: Any = extra()
+  axes: str = static("io:ir,ro")
+
+  def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
+    y = product(eq, x, self.base, call, precision)
+    plan = _plan(eq, self.axes)
+    if plan is None:  # both factors hold a contracted axis: only the whole delta can be applied
+      return y + product(eq, x, jnp.asarray(self._delta(), x.dtype), call, precision)
+    down, up, swapped = plan
+    first, second = (self.array("b"), self.array("a"))[:: 1 if swapped else -1]
+    h = x if self.dropout is None else self.dropout(call, x)
+    h = product(down, h, first, None, precision) * jnp.asarray(self.scaling, x.dtype)
+    return y + product(up, h, second, None, precision)
+
+  def lookup(self, ids: jax.Array, call: Any = None) -> jax.Array:
+    rows = table_rows(self.base, ids, call)
+    h = jnp.take(jnp.asarray(self.array("a"), rows.dtype), ids, axis=0)
+    h = h * jnp.asarray(self.scaling, rows.dtype)
+    return rows + product("...i,io->...o", h, self.array("b"))
+
+  def materialize(self) -> jax.Array:
+    whole = materialize(self.base)
+    delta = self._delta()
+    return jnp.asarray(jnp.asarray(whole, delta.dtype) + delta, whole.dtype)
+
+  def rank(self) -> int:
+    _, a, _ = _subscripts(self.axes)
+    return min(self.array("a").shape[self.stacked + a.index(_rank_letter(self.axes))], *self.shape[-2:])
+
+  def specs(self, spec: tuple, tensor: tuple) -> "LoraWeight":
+    kernel, a, b = _subscripts(self.axes)
+    lead, axis = tensor[: self.stacked], dict(zip(kernel, tensor[self.stacked :], strict=True))
+    P = jax.sharding.PartitionSpec
+    new = super().specs(spec, tensor)
+    return new.replace(a=P(*lead, *map(axis.get, a)), b=P(*lead, *map(axis.get, b)))
+
+  def _delta(self) -> jax.Array:
+    """scaling * a @ b in at least float32, with stacked axes."""
+    kernel, a, b = _subscripts(self.axes)
+    dtype = jnp.promote_types(self.array("a").dtype, jnp.float32)
+    left, right = (jnp.asarray(self.array(n), dtype) for n in "ab")
+    delta = jnp.einsum(f"...{a},...{b}->...{kernel}", left, right, precision="highest")
+    scaling = jnp.asarray(self.scaling, dtype)
+    return delta * scaling.reshape(scaling.shape + (1,) * len(kernel))
+
+
+class FusedLora(Weight):
+  """A LoRA of its own on some of the equal parts of a fused projection (query, key, value).
+
+  The parts left out have a change of exactly zero. Same function as loralib's MergedLinear.
+
+  Attributes:
+    base: (in, parts * out), or with `fused=0` (parts * out, in).
+    a: (g, in, rank), one per chosen part.
+    b: (g, rank, out).
+    scaling: (), or one per stacked layer.
+    dropout: None or a `Dropout` for the input of `a`.
+    chosen: which parts, g of them.
+    parts: how many equal parts the fused axis has.
+    fused: which axis of the kernel is fused.
+  """
+
+  base: Any = base()
+  a: Any = own()
+  b: Any = own()
+  scaling: Any = extra()
+  dropout: Any = extra()
+  chosen: tuple[int, ...] = static((0, 2))
+  parts: int = static(3)
+  fused: int = static(1)
+
+  def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
+    y = product(eq, x, self.base, call, precision)
+    if eq not in ("...i,io->...o", "...i,oi->...o"):
+      raise ValueError(f"FusedLora runs a plain product of the last axis, not {eq!r}")
+    h = x if self.dropout is None else self.dropout(call, x)
+    h = jnp.einsum("...i,gir->...gr", h, jnp.asarray(self.array("a"), x.dtype), precision=precision)
+    h = h * jnp.asarray(self.scaling, x.dtype)
+    h = jnp.einsum("...gr,gro->...go", h, jnp.asarray(self.array("b"), x.dtype), precision=precision)
+    return y + self._placed(h)
+
+  def materialize(self) -> jax.Array:
+    whole = materialize(self.base)
+    dtype = jnp.promote_types(self.array("a").dtype, jnp.float32)
+    a, b = (jnp.asarray(self.array(n), dtype) for n in "ab")
+    scaling = jnp.asarray(self.scaling, dtype)
+    delta = jnp.einsum("...gir,...gro->...igo", a, b, precision="highest")
+    delta = self._placed(delta * scaling.reshape(scaling.shape + (1, 1, 1)))
+    delta = delta if self.fused == 1 else jnp.swapaxes(delta, -1, -2)
+    return jnp.asarray(jnp.asarray(whole, dtype) + delta, whole.dtype)
+
+  def rank(self) -> int:
+    return min(len(self.chosen) * self.array("b").shape[-2], *self.shape[-2:])
+
+  def changed(self) -> int:
+    return 0 if self.group is None else super().changed() * len(self.chosen) // self.parts
+
+  def _placed(self, h: jax.Array) -> jax.Array:
+    """(..., g, out) -> (..., parts * out), zeros in the parts left out."""
+    zero = jnp.zeros_like(h[..., 0, :])
+    pieces = [
+      h[..., self.chosen.index(p), :] if p in self.chosen else zero for p in range(self.parts)
+    ]
+    return jnp.concatenate(pieces, axis=-1)
+
+
+def _subscripts(axes: str) -> tuple[str, str, str]:
+  kernel, _, factors = axes.partition(":")
+  a, _, b = factors.partition(",")
+  return kernel, a, b
+
+
+def _rank_letter(axes: str) -> str:
+  kernel, a, _ = _subscripts(axes)
+  return next(c for c in a if c not in kernel)
+
+
+@functools.cache
+def lora_axes(eq: str | None, ndim: int) -> str:
+  """The axes of a and b for a kernel used by `eq`: a contracts, b makes the output.
+
+  Without an equation (a raw kernel nobody described) the last two axes are in and out, and those
+  before them batch axes.
+
+  >>> lora_axes("BSD,CKDH->CBSKH", 4)
+  'CKDH:Dr,rCKH'
+  """
+  if eq is None or eq == "lookup":
+    kernel = "eghklm"[: ndim - 2] + "io"
+    inputs, outputs = kernel[:-1], kernel[:-2] + "o"
+  else:
+    x, kernel, out = eq.replace("->", ",").split(",")
+    inputs = "".join(c for c in kernel if c in x)
+    outputs = "".join(c for c in kernel if c in out)
+  r = next(c for c in "r" + string.ascii_letters if c not in kernel)
+  return f"{kernel}:{inputs}{r},{_rank_first(inputs, outputs, r)}"
+
+
+def _rank_first(inputs: str, outputs: str, r: str) -> str:
+  """Batch axes come first, then the rank, then the output axes."""
+  batch = "".join(c for c in outputs if c in inputs)
+  return batch + r + "".join(c for c in outputs if c not in inputs)
+
+
+@functools.cache
+def _plan(eq: str, axes: str) -> tuple[str, str, bool] | None:
+  """Equations for x -> rank -> out, and whether b comes first (a tied table read the other way)."""
+  x, kernel, out = eq.replace("->", ",").split(",")
+  own_kernel, a, b = _subscripts(axes)
+  r = next(c for c in "r" + string.ascii_letters if c not in x + kernel + out)
+  rename = dict(zip(own_kernel, kernel, strict=True)) | {_rank_letter(axes): r}
+  a, b = ("".join(map(rename.__getitem__, s)) for s in (a, b))
+  contracted = {c for c in kernel if c in x and c not in out}
+  for first, second, swapped in ((a, b, False), (b, a, True)):
+    if contracted <= set(first):
+      kept = "".join(c for c in x if c not in contracted)
+      down, up = f"{x},{first}->{kept}{r}", f"{kept}{r},{second}->{out}"
+      return _plain(down), _plain(up), swapped
+  return None
+
+
+def _plain(eq: str) -> str:
+  """The standard spelling of a plain product, which has a fast path."""
+  x, w, out = eq.replace("->", ",").split(",")
+  plain = len(w) == 2 and x == f"...{w[0]}" and out == f"...{w[1]}"
+  return "...i,io->...o" if plain else eq

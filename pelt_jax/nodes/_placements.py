@@ -1,0 +1,102 @@
+"""Placements: where a branch acts on the call of its module."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pelt_jax._node import Bypass, Node, own, static
+
+
+class After(Bypass):
+  """`y + branch(y)`, or `y + branch(tap)`: Houlsby's and parallel adapters.
+
+  A module that returns a tuple has its first item changed.
+
+  Attributes:
+    branch: what is added.
+    tap: what the branch reads (`Call.tap`); None reads the output.
+  """
+
+  branch: Any = own()
+  tap: str | None = static()
+
+  def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+    source = None if self.tap is None else call.tap(self.tap)
+    out = call.next(*args, **kwargs)
+    y = out[0] if isinstance(out, tuple) else out
+    y = y + self.branch(call, y if source is None else source)
+    return (y, *out[1:]) if isinstance(out, tuple) else y
+
+
+class Before(Bypass):
+  """`next(x + branch(x))`, or `next(x + branch(tap))`.
+
+  Attributes:
+    branch: what is added to the module's first argument.
+    tap: what the branch reads; None reads the first argument.
+  """
+
+  branch: Any = own()
+  tap: str | None = static()
+
+  def __call__(self, call: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    source = x if self.tap is None else call.tap(self.tap)
+    return call.next(x + self.branch(call, source), *args, **kwargs)
+
+
+class AroundNorm(Bypass):
+  """`next(s + branch(next(s)))` at a LayerNorm whose input s is already the residual sum (Pfeiffer).
+
+  Attributes:
+    branch: reads the normalized sum; what it gives is added to the sum, which is normalized again.
+  """
+
+  branch: Any = own()
+
+  def __call__(self, call: Any, s: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    return call.next(s + self.branch(call, call.next(s, *args, **kwargs)), *args, **kwargs)
+
+
+class Prefix(Bypass):
+  """Extra keys and values in front of an attention core's own: `next(q, [k'; k], [v'; v], mask)`.
+
+  Every query sees them, whatever the mask. The core is called with
+  `(q, k, v, mask=None, bias=None)`, where mask (True: visible) and bias end in the key axis.
+
+  Attributes:
+    keys: (P, heads, head width), in a bank (N, P, heads, head width); None waits for a generator.
+    values: likewise.
+    gate: None, () or a branch giving (B, 1, 1): scales keys and values.
+    tap: what the gate reads.
+    banked: whether a member axis leads.
+  """
+
+  keys: Any = own()
+  values: Any = own()
+  gate: Any = own()
+  tap: str = static("../in")
+  banked: bool = static(False)
+
+  def __call__(
+    self, call: Any, q: jax.Array, k: jax.Array, v: jax.Array, mask=None, bias=None, **kwargs: Any
+  ) -> Any:
+    if self.keys is None:
+      raise ValueError(f"the prefix at {call.path!r} waits for its generator: run pelt.bypass or fold")
+    own_k, own_v = self.array("keys"), self.array("values")
+    if self.banked:
+      own_k, own_v = call.picked((own_k, own_v), k.shape[0], own_k.shape[0])
+    shape = (k.shape[0], *own_k.shape[-3:])
+    own_k, own_v = (jnp.broadcast_to(jnp.asarray(x, k.dtype), shape) for x in (own_k, own_v))
+    if self.gate is not None:
+      gate = self.gate
+      gate = gate(call, call.tap(self.tap))[..., None] if isinstance(gate, Node) else gate
+      gate = jnp.asarray(gate, k.dtype)
+      own_k, own_v = own_k * gate, own_v * gate
+    front = [(shape[1], 0)]
+    if mask is not None:
+      mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + front, constant_values=True)
+    if bias is not None:
+      bias = jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + front)
+    k, v = jnp.concatenate([own_k, k], axis=1), jnp.concatenate([own_v, v], axis=1)
+    return call.next(q, k, v, mask, bias, **kwargs)
