@@ -164,7 +164,7 @@ def _run(
     logits, cache = apply({"params": params, **cache}, last, **options)
     token = jnp.where(done, jnp.int32(pad), choose(logits, step))
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
-    return step + 1, tokens, lengths + ~done, done | stopped(token), cache
+    return step + 1, tokens, lengths + (~done).astype(jnp.int32), done | stopped(token), cache
 
   logits, cache = apply({"params": params}, ids, mask, **options)
   token = choose(logits, jnp.int32(0))
@@ -178,7 +178,10 @@ def restrict(logits: Array, top_k: int | None, top_p: Array | float | None) -> A
   """Sets the logits of tokens that must not be drawn to -inf; (B, V) to (B, V).
 
   >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-  >>> jnp.isfinite(restrict(logits, 3, None)).tolist(), jnp.isfinite(restrict(logits, None, 0.6)).tolist()
+  >>> (
+  ...   jnp.isfinite(restrict(logits, 3, None)).tolist(),
+  ...   jnp.isfinite(restrict(logits, None, 0.6)).tolist(),
+  ... )
   ([[True, True, True, False]], [[True, True, False, False]])
   """
   if top_k is not None:

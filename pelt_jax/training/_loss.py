@@ -1,0 +1,85 @@
+"""Losses: `loss(apply, params, batch, key) -> (mean over targets, aux)`.
+
+`aux["weight"]` is the number of targets. `train_step` needs it: the loss of a batch is the sum of
+its parts' sums over the sum of their counts, which the mean of means is not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pelt_jax.training._encode import IGNORE
+
+Loss = Callable[[Callable, Any, dict, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
+
+_INPUTS = ("attention_mask", "segment_ids", "position_ids", "token_type_ids")
+
+
+def _run(apply: Callable, params: Any, batch: dict, key: jax.Array | None, **kwargs: Any) -> Any:
+  kwargs |= {name: batch[name] for name in _INPUTS if name in batch}
+  if key is not None:
+    kwargs["rngs"] = {"dropout": key}
+  return apply({"params": params}, batch["input_ids"], deterministic=key is None, **kwargs)
+
+
+def cross_entropy(
+  apply: Callable, params: Any, batch: dict, key: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """-mean log p(label), for classification (labels (B,)) and tagging (labels (B, T)).
+
+  Args:
+    apply: `pelt.bypass(model.apply)` of a model that returns logits.
+    params: Params with nodes.
+    batch: `input_ids`, `labels` (-100: no target) and the model's masks.
+    key: For dropout; None evaluates.
+
+  Returns:
+    The mean, float32 at least, and `weight`, `correct` (counts) and `predictions`.
+  """
+  logits = _run(apply, params, batch, key)
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  labels = batch["labels"]
+  valid = labels != IGNORE
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(valid, labels, 0))
+  predictions = jnp.argmax(logits, axis=-1)
+  mean, weight = _mean(losses, valid)
+  correct = jnp.sum(valid & (predictions == labels), dtype=weight.dtype)
+  return mean, {"weight": weight, "correct": correct, "predictions": predictions}
+
+
+def next_token(
+  apply: Callable, params: Any, batch: dict, key: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """-mean log p(token | before), for language models that take aligned `labels`.
+
+  The model computes token losses chunk by chunk, so full logits never exist.
+
+  Args:
+    apply: `pelt.bypass(model.apply)`; called with `labels`, it returns losses (B, T).
+    params: Params with nodes.
+    batch: `input_ids`, `labels` (B, T) (-100: no target), and `attention_mask` or `segment_ids` and
+      `position_ids`.
+    key: For dropout; None evaluates.
+
+  Returns:
+    The mean, float32 at least, and `weight`, the number of targets.
+  """
+  losses = _run(apply, params, batch, key, labels=batch["labels"])
+  mean, weight = _mean(losses, batch["labels"] != IGNORE)
+  return mean, {"weight": weight}
+
+
+def _mean(losses: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+  weight = jnp.sum(valid, dtype=losses.dtype)
+  total = jnp.sum(jnp.where(valid, losses, jnp.zeros_like(losses)))
+  return total / jnp.maximum(weight, jnp.ones_like(weight)), weight
+
+
+LOSSES: dict[str, Loss] = {
+  "classification": cross_entropy,
+  "tagging": cross_entropy,
+  "lm": next_token,
+}

@@ -1,0 +1,140 @@
+"""One optimizer step on the trainable part of params."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pelt_jax._node import walk
+from pelt_jax._transform import Transform
+from pelt_jax._tree import partition, penalty, value_and_grad
+
+
+class State(NamedTuple):
+  """What training carries besides params: the optimizer's state and the method's."""
+
+  optimizer: Any
+  post: Any
+
+
+class TrainStep(NamedTuple):
+  """Two pure functions, to be jitted by the caller (`fit` does).
+
+  Attributes:
+    init: `params -> (trainable, frozen, state)`.
+    step: `(trainable, frozen, state, batch, key) -> (trainable, state, metrics)`.
+  """
+
+  init: Callable[[Any], tuple[Any, Any, State]]
+  step: Callable[..., tuple[Any, State, dict[str, jax.Array]]]
+
+
+def train_step(
+  apply: Callable,
+  loss: Callable,
+  tx: optax.GradientTransformation,
+  method: Transform | None = None,
+  clip: float | None = None,
+  accumulate: int = 1,
+) -> TrainStep:
+  """Builds the functions that start and run training.
+
+  `step` differentiates `loss(apply, params, batch, key) + pelt.penalty(params)` with respect to the
+  trainable part, clips, applies `tx` and then the method's post-step. With weights w (see below),
+  the loss of a batch split in parts is sum(w_i loss_i) / sum(w_i): exactly the whole batch's.
+
+  Args:
+    apply: `pelt.bypass(model.apply)`.
+    loss: Returns a scalar, the mean over a batch's targets, or `(scalar, aux)`; `aux["weight"]` is
+      the number of targets. Without it all parts weigh the same.
+    tx: An optax transformation; it sees the trainable part only.
+    method: Its post-step runs once per step, on the gradients after clipping.
+    clip: Largest global norm of the trainable part's gradients.
+    accumulate: Parts a batch is split into, one after another, to save memory.
+
+  Returns:
+    `(init, step)`. Trainable arrays of 16 bits become float32 (master weights); what is frozen
+    keeps its dtype. `metrics` are `loss` (with the penalty), `grad_norm` (before clipping),
+    `weight`, and `learning_rate` where `tx` was made by `optax.inject_hyperparams`. Jit `step` with
+    `donate_argnums=(0, 2)` to update in place.
+
+  Raises:
+    ValueError: `clip` is not positive, or `accumulate` is less than 1 or does not divide the batch.
+  """
+  if clip is not None and not clip > 0:
+    raise ValueError(f"clip={clip}: expected a positive norm, or None for no clipping")
+  if accumulate < 1:
+    raise ValueError(f"accumulate={accumulate}: expected at least 1")
+  post = None if method is None else method.post_step
+
+  def init(params: Any) -> tuple[Any, Any, State]:
+    trainable, frozen = partition(params)
+    trainable = jax.tree.map(_master, trainable)
+    return trainable, frozen, State(tx.init(trainable), post.init(trainable) if post else ())
+
+  # The sum rather than the mean over targets: sums of parts add up to the sum of the batch.
+  def total(params: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    result = loss(apply, params, batch, key)
+    value, aux = result if isinstance(result, tuple) else (result, {})
+    weight = jnp.asarray(aux.get("weight", 1.0), value.dtype)
+    return value * weight, weight
+
+  def step(
+    trainable: Any, frozen: Any, state: State, batch: dict, key: jax.Array
+  ) -> tuple[Any, State, dict[str, jax.Array]]:
+    gradient = value_and_grad(total, has_aux=True)
+    if accumulate == 1:
+      (value, weight), grads = gradient(trainable, frozen, batch, key)
+    else:
+      value, weight, grads = _accumulated(gradient, trainable, frozen, batch, key, accumulate)
+    count = jnp.maximum(weight, jnp.ones_like(weight))  # no target: no gradient, not NaN
+    grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+    value = value / count
+    if any(hasattr(node, "penalty") for _, node in walk(trainable)):
+      extra, push = value_and_grad(penalty)(trainable, frozen)
+      value = value + extra.astype(value.dtype)
+      grads = jax.tree.map(jnp.add, grads, push)
+    norm = optax.global_norm(grads)
+    metrics = {"loss": value, "grad_norm": norm, "weight": weight}
+    if clip is not None:
+      factor = jnp.minimum(1.0, clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+      grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+    updates, optimizer = tx.update(grads, state.optimizer, trainable)
+    new = optax.apply_updates(trainable, updates)
+    after = state.post
+    if post is not None:
+      new, after = post.update(state.post, trainable, new, grads)
+    rate = optax.tree.get(optimizer, "learning_rate", None)
+    if rate is not None:
+      metrics["learning_rate"] = rate
+    return new, State(optimizer, after), metrics
+
+  return TrainStep(init, step)
+
+
+def _master(x: Any) -> Any:
+  half = jnp.issubdtype(x.dtype, jnp.floating) and jnp.dtype(x.dtype).itemsize < 4
+  return x.astype(jnp.float32) if half else x
+
+
+def _accumulated(
+  gradient: Callable, trainable: Any, frozen: Any, batch: dict, key: jax.Array, parts: int
+) -> tuple[jax.Array, jax.Array, Any]:
+  def split(x: Any) -> Any:
+    if x.shape[0] % parts:
+      raise ValueError(f"accumulate={parts} does not divide the batch of {x.shape[0]} rows")
+    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+  def body(carry: Any, xs: Any) -> tuple[Any, None]:
+    part, i = xs
+    (value, weight), grads = gradient(trainable, frozen, part, jax.random.fold_in(key, i))
+    return jax.tree.map(jnp.add, carry, (value, weight, grads)), None
+
+  pieces = jax.tree.map(split, batch)
+  first = jax.tree.map(lambda x: x[0], pieces)
+  (value, weight), grads = jax.eval_shape(gradient, trainable, frozen, first, key)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, weight, grads))
+  (value, weight, grads), _ = jax.lax.scan(body, zeros, (pieces, jnp.arange(parts)))
+  return value, weight, grads
