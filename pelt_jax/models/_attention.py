@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from pelt_jax.models._config import Rope
 
-Array = jax.Array
+Array = jax.Array | np.ndarray
 
 
 def at_least_float32(dtype: Any) -> Any:

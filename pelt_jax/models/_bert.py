@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from pelt_jax._site import Role
-from pelt_jax.models._attention import AttentionCore, padding_mask
+from pelt_jax.models._attention import Array, AttentionCore, padding_mask
 from pelt_jax.models._config import EncoderConfig
 from pelt_jax.models._layers import constrain, run_layers
 from pelt_jax.models._llama import activation
 
-Array = jax.Array
 _FAMILIES = {"bert": "Bert", "roberta": "Roberta"}
 
 

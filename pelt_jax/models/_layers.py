@@ -12,8 +12,9 @@ from flax import linen as nn
 from flax.core import meta
 from jax.sharding import PartitionSpec
 
-Array = jax.Array
-# Boxes of sharding metadata look for this key when an axis comes or goes; the layer axis is unnamed.
+from pelt_jax.models._attention import Array
+
+# Boxes of sharding names look for this key when an axis comes or goes; the layer axis has none.
 _AXIS: dict[Any, Any] = {nn.PARTITION_NAME: None}
 BATCH_AXES = ("data", "fsdp")
 
@@ -122,7 +123,9 @@ def to_scanned(params: Mapping[str, Any], model: nn.Module | None = None) -> dic
     ValueError: the layers differ in structure or shape (an adapter on some layers only, other
       ranks), which one scanned body cannot express. The first difference is named.
 
-  >>> to_scanned({"layers": {"0": {"w": jnp.zeros(2)}, "1": {"w": jnp.ones(2)}}})["layers"]["w"].shape
+  >>> to_scanned({"layers": {"0": {"w": jnp.zeros(2)}, "1": {"w": jnp.ones(2)}}})["layers"][
+  ...   "w"
+  ... ].shape
   (2, 2)
   """
   del model

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from pelt_jax._site import Role
 from pelt_jax.models._attention import (
+  Array,
   AttentionCore,
   at_least_float32,
   causal_mask,
@@ -24,8 +25,6 @@ from pelt_jax.models._attention import (
 from pelt_jax.models._config import DecoderConfig
 from pelt_jax.models._layers import constrain, run_layers
 from pelt_jax.models._loss import chunked_losses
-
-Array = jax.Array
 
 ACTIVATIONS = {
   "silu": jax.nn.silu,
@@ -59,7 +58,9 @@ class RMSNorm(nn.Module):
     return wide.astype(self.dtype) * scale.astype(self.dtype)[(None,) * (x.ndim - 1)]
 
 
-def _dense(config: DecoderConfig, dtype: Any, features: int, bias: bool, name: str) -> nn.Dense:
+def _dense(
+  config: DecoderConfig, dtype: Any, features: int, bias: bool, name: str | None
+) -> nn.Dense:
   return nn.Dense(
     features,
     use_bias=bias,
@@ -196,8 +197,8 @@ class _Decoder(nn.Module):
   def _head_roles(self) -> tuple[Role, ...]:
     return ()
 
-  def _trunk(self) -> LlamaModel:
-    return LlamaModel(self.config, self.dtype, self.scan, self.remat)
+  def _trunk(self, name: str | None) -> LlamaModel:
+    return LlamaModel(self.config, self.dtype, self.scan, self.remat, name=name)
 
 
 class LlamaModel(_Decoder):
@@ -329,7 +330,7 @@ class LlamaForCausalLM(_Decoder):
   suffix = "ForCausalLM"
 
   def setup(self) -> None:
-    self.model = self._trunk()
+    self.model = self._trunk(None)  # setup names it after the attribute
     if not self.config.tie_word_embeddings:
       self.lm_head = _dense(self.config, self.dtype, self.config.vocab_size, False, None)
 
@@ -399,7 +400,7 @@ class LlamaForSequenceClassification(_Decoder):
     deterministic: bool = True,
   ) -> Array:
     """Logits (B, num_labels). The last real token is found by the mask, else by `pad_token_id`."""
-    trunk = self._trunk().clone(name="model")
+    trunk = self._trunk("model")
     x = trunk(input_ids, attention_mask, position_ids, deterministic=deterministic)
     slots = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     if attention_mask is not None and attention_mask.ndim == 2:
@@ -431,7 +432,7 @@ class LlamaForTokenClassification(_Decoder):
     deterministic: bool = True,
   ) -> Array:
     """Logits (B, T, num_labels)."""
-    x = self._trunk().clone(name="model")(
+    x = self._trunk("model")(
       input_ids,
       attention_mask,
       position_ids,

@@ -90,8 +90,14 @@ def from_config(
   Raises:
     ValueError: an unknown task or dtype, or one that the family or the session cannot serve.
 
-  >>> raw = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8,
-  ...        "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
+  >>> raw = {
+  ...   "model_type": "llama",
+  ...   "hidden_size": 8,
+  ...   "intermediate_size": 8,
+  ...   "num_hidden_layers": 2,
+  ...   "num_attention_heads": 2,
+  ...   "vocab_size": 11,
+  ... }
   >>> model = from_config(raw)
   >>> ids = jnp.array([[1, 2, 3]])
   >>> model.apply(model.init(jax.random.key(0), ids), ids).shape
@@ -259,7 +265,7 @@ def _reader(
     if found is not None:
       used.add(found)
       if entries[found].shape != shape:
-        hint = " (a head for another number of labels? see num_labels)" if _FRESH.match(path) else ""
+        hint = " (see num_labels)" if _FRESH.match(path) else ""
         problems.append(f"{found} has shape {entries[found].shape}, expected {shape}{hint}")
       readers[path] = _tensor(entries[found], leaf.dtype, _is_kernel(path))
     elif _FRESH.match(path):

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pelt_jax.models._attention import at_least_float32
+from pelt_jax.models._attention import Array, at_least_float32
 
-Array = jax.Array
 IGNORED = -100
 
 
