@@ -5,6 +5,8 @@ from pelt_jax._linen import bypass as bypass
 from pelt_jax._linen import sites as sites
 from pelt_jax._node import unbox as unbox
 from pelt_jax._rules import rule as rule
+from pelt_jax._save import load as load
+from pelt_jax._save import save as save
 from pelt_jax._site import Role as Role
 from pelt_jax._site import Site as Site
 from pelt_jax._transform import PostStep as PostStep

@@ -16,7 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_TRAIN_NAMES = (("deterministic", True), ("train", False), ("training", False), ("is_training", False))
+_TRAIN_NAMES = (
+  ("deterministic", True),
+  ("train", False),
+  ("training", False),
+  ("is_training", False),
+)
 _ACTIVE: contextvars.ContextVar["Context | None"] = contextvars.ContextVar("pelt", default=None)
 
 
@@ -147,7 +152,9 @@ class Call:
     frame, rest = self.frame, (where or "in")
     while rest.startswith("../"):
       if frame.parent is None:
-        raise KeyError(f"tap {where!r} at {self.path or 'the root'!r} climbs above the outermost call")
+        raise KeyError(
+          f"tap {where!r} at {self.path or 'the root'!r} climbs above the outermost call"
+        )
       frame, rest = frame.parent, rest[3:]
     if rest == "in":
       return frame.input
@@ -206,7 +213,7 @@ class Call:
     return key
 
   def salt(self, number: Any) -> "Call":
-    """The same call with a number (a row, a layer, an index; may be traced) folded into its keys."""
+    """The same call with a number (a row, a layer; may be traced) folded into its keys."""
     return dataclasses.replace(self, salts=(*self.salts, number))
 
   def wrapped(self, node: Any, position: int) -> "Call":
@@ -232,12 +239,14 @@ class Call:
       raise ValueError(f"{self.path!r} holds a bank of {count} members: pass rows= to the bypass")
     if jnp.shape(rows) != (batch,):
       raise ValueError(
-        f"rows has shape {jnp.shape(rows)}; {self.path!r} has a batch of {batch}, so ({batch},) is needed"
+        f"rows has shape {jnp.shape(rows)}; the batch at {self.path!r} needs ({batch},)"
       )
     if not isinstance(rows, jax.core.Tracer):
       low, high = int(jnp.min(rows)), int(jnp.max(rows))
       if low < 0 or high >= count:
-        raise ValueError(f"rows holds {low}..{high}, but the bank at {self.path!r} has {count} members")
+        raise ValueError(
+          f"rows holds {low}..{high}, but the bank at {self.path!r} has {count} members"
+        )
     # A negative traced row must not wrap round to the last member.
     rows = jnp.where(rows < 0, count, rows)
 

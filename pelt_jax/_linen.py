@@ -87,7 +87,7 @@ def bypass(apply: Callable) -> Callable:
 
   @functools.wraps(apply)
   def run(variables, *args, rows=None, train_nodes=None, record=(), **kwargs):
-    params = variables["params"] if "params" in variables else {}
+    params = variables.get("params", {})
     nodes = [path for path, value in walk(params) if isinstance(value, Bypass)]
     if GENERATORS in params:
       params = fold(params)
@@ -293,7 +293,7 @@ class Probe(Weight):
   def _heard(self, equation: str | None) -> None:
     context = _call.active()
     if isinstance(context, Listening) and not context.in_setup:
-      ndim, uses = context.uses.setdefault(self.path, (self.ndim, []))
+      _, uses = context.uses.setdefault(self.path, (self.ndim, []))
       if equation is not None and equation not in uses:
         uses.append(equation)
 
@@ -368,7 +368,9 @@ def sites(
     raise TypeError(f"model must be a flax.linen Module, got {type(model)}")
   flat, tree = jax.tree.flatten((args, kwargs))
   is_array = [_is_array(x) for x in flat]
-  arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, a in zip(flat, is_array, strict=True) if a]
+  arrays = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype) for x, a in zip(flat, is_array, strict=True) if a
+  ]
   key = jax.eval_shape(lambda: jax.random.key(0))
 
   def inputs(given):
@@ -438,5 +440,3 @@ def _stacked_at(path: str, stacked: dict[str, tuple[int, ...]]) -> tuple[int, ..
 
 def _is_array(x: Any) -> bool:
   return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-
-

@@ -15,6 +15,7 @@ labels, holes, shapes and partition specs.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self, dataclass_transform
@@ -75,9 +76,9 @@ class Node(meta.AxisMetadata):
 
   def __init_subclass__(cls, **kwargs: Any):
     super().__init_subclass__(**kwargs)
-    for name in cls.__dict__.get("__annotations__", {}):
+    for name, kind in inspect.get_annotations(cls).items():
       value = cls.__dict__.get(name)
-      if "ClassVar" in str(cls.__dict__["__annotations__"][name]):
+      if "ClassVar" in str(kind):
         continue
       if not isinstance(value, dataclasses.Field) or value.metadata.get("kind") not in _KINDS:
         raise TypeError(
@@ -104,7 +105,9 @@ class Node(meta.AxisMetadata):
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     if cls.__name__ in REGISTRY and REGISTRY[cls.__name__].__module__ != cls.__module__:
-      raise TypeError(f"a node class named {cls.__name__} exists already; files name nodes by class")
+      raise TypeError(
+        f"a node class named {cls.__name__} exists already; files name nodes by class"
+      )
     REGISTRY[cls.__name__] = cls
 
   def replace(self, **changes: Any) -> Self:
@@ -161,9 +164,7 @@ class Node(meta.AxisMetadata):
     def move(box: Any) -> Any:
       return getattr(box, method)(index, params) if meta.is_axis_metadata(box) else box
 
-    moved = {
-      n: jax.tree.map(move, v, is_leaf=meta.is_axis_metadata) for n, v in self.children()
-    }
+    moved = {n: jax.tree.map(move, v, is_leaf=meta.is_axis_metadata) for n, v in self.children()}
     return self.replace(**moved, stacked=self.stacked + by)
 
   def __repr__(self) -> str:
@@ -314,7 +315,7 @@ def walk(params: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
 
 def update_at(params: Any, changes: Mapping[str, Any]) -> dict:
   """A copy of nested dicts with the values at some paths set; missing dicts are made."""
-  new = {k: v for k, v in params.items()}
+  new = dict(params)
   below: dict[str, dict[str, Any]] = {}
   for path, value in changes.items():
     head, _, rest = path.partition("/")
@@ -341,9 +342,7 @@ def map_arrays(fn: Callable[[str, str | None, Any, str], Any], tree: Any, *, is_
 
   def visit(value: Any, kind: str, group: str | None, path: str) -> Any:
     if isinstance(value, Node):
-      new = {
-        n: visit(v, value.kinds[n], value.group, f"{path}/{n}") for n, v in value.children()
-      }
+      new = {n: visit(v, value.kinds[n], value.group, f"{path}/{n}") for n, v in value.children()}
       return value.replace(**new)
     if isinstance(value, Mapping):
       return {k: visit(v, kind, group, f"{path}/{k}" if path else str(k)) for k, v in value.items()}
@@ -381,7 +380,9 @@ def product(eq: str, x: jax.Array, w: Any, call: Any = None, precision: Any = No
 
 def table_rows(table: Any, ids: jax.Array, call: Any = None) -> jax.Array:
   """Rows of an array or of a weight node."""
-  return table.lookup(ids, call) if isinstance(table, Weight) else jnp.take(strip(table), ids, axis=0)
+  return (
+    table.lookup(ids, call) if isinstance(table, Weight) else jnp.take(strip(table), ids, axis=0)
+  )
 
 
 def materialize(w: Any) -> jax.Array:

@@ -102,7 +102,7 @@ def with_roles(sites: Iterable[Site], roles: Roles | None) -> tuple[Site, ...]:
     return tuple(
       Served(role, entry.placement, entry.tap)
       for role, entries in (roles or {}).items()
-      for entry in map(lambda e: e if isinstance(e, Role) else Role(*e), entries)
+      for entry in (e if isinstance(e, Role) else Role(*e) for e in entries)
       if matches(entry.pattern, path)
     )
 

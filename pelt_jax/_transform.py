@@ -18,8 +18,8 @@ class PostStep(NamedTuple):
 
   Attributes:
     init: `params -> state`.
-    update: `(state, old, new, grads, record=None) -> (params, state)` on trainable trees with holes;
-      `grads` are those after clipping.
+    update: `(state, old, new, grads, record=None) -> (params, state)` on trainable trees with
+      holes; `grads` are those after clipping.
   """
 
   init: Callable[[Any], Any]
@@ -114,7 +114,7 @@ def over(leaf: Any, make: Callable[[Any], Any]) -> Any:
 
 
 def like_box(leaf: Any, value: jax.Array, names: tuple[str | None, ...]) -> Any:
-  """`value` in a partitioning box like the base leaf's, with these axis names; bare if that is bare.
+  """`value` in a box like the base leaf's, with these axis names; bare if that is bare.
 
   A tree without boxes stays without; one with boxes has one round every array.
   """
@@ -141,7 +141,9 @@ def add_bypass(params: dict, sites: tuple[Site, ...], path: str, node: Bypass) -
     ValueError: if no module call at `path` was traced.
   """
   if not any(s.kind == "call" and s.path == path for s in sites):
-    raise ValueError(f"no call of a module at {path!r} was traced, so a bypass there would never run")
+    raise ValueError(
+      f"no call of a module at {path!r} was traced, so a bypass there would never run"
+    )
   at = f"{path}/{BYPASS}" if path else BYPASS
   before = get_at(params, at)
   if before is not None:

@@ -178,7 +178,11 @@ def _plain(value: Any) -> Any:
   box: Any = value
   while isinstance(box, Weight):
     box = box.inner
-  return meta.replace_boxed(box, value.materialize()) if meta.is_axis_metadata(box) else value.materialize()
+  return (
+    meta.replace_boxed(box, value.materialize())
+    if meta.is_axis_metadata(box)
+    else value.materialize()
+  )
 
 
 def _map_nodes(fn: Callable, tree: Any) -> Any:
@@ -333,5 +337,3 @@ def _fitted(value: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))
 
   return jax.tree.map(fit, value, specs)
-
-

@@ -55,5 +55,3 @@ def bitfit(targets: Targets = "*", *, layers: Iterable[int] | None = None) -> Tr
     return update_at(params, changes)
 
   return Transform(init)
-
-

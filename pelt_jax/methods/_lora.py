@@ -33,8 +33,8 @@ def lora(
 ) -> Transform:
   """Adds `scaling * a @ b` to weights: y = x W + scaling * (dropout(x) a) b.
 
-  scaling = alpha / rank (rsLoRA: alpha / sqrt(rank)). b is zero at first, so the model computes what
-  it computed before; a is U(-1/sqrt(in), 1/sqrt(in)) as in loralib ("kaiming"; the paper says
+  scaling = alpha / rank (rsLoRA: alpha / sqrt(rank)). b is zero at first, so the model computes
+  what it computed before; a is U(-1/sqrt(in), 1/sqrt(in)) as in loralib ("kaiming"; the paper says
   Gaussian) or N(0, 1/rank^2) as in PEFT ("gaussian"). In a table used by lookups the roles change:
   a is zero and b is N(0, 1), and dropout does not act. r (in + out) parameters per matrix.
 
@@ -70,7 +70,10 @@ def lora(
     ((4, 2), (2, 3), 2.0)
   """
   ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
-  for name, value in {"rank": rank, **{f"rank_pattern[{k!r}]": v for k, v in ranks.items()}}.items():
+  for name, value in {
+    "rank": rank,
+    **{f"rank_pattern[{k!r}]": v for k, v in ranks.items()},
+  }.items():
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
       raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
   if not 0.0 <= dropout < 1.0:
@@ -81,7 +84,9 @@ def lora(
     if value is not None and not (math.isfinite(value) and value > 0):
       raise ValueError(f"alpha must be a positive number, got {value!r}")
   if fused is not None and not (fused[0] and set(fused[0]) <= set(range(fused[1]))):
-    raise ValueError(f"fused must be (chosen parts, number of parts) such as ((0, 2), 3), got {fused}")
+    raise ValueError(
+      f"fused must be (chosen parts, number of parts) such as ((0, 2), 3), got {fused}"
+    )
 
   def of(site: Site, leaf: Any, key: jax.Array) -> Weight:
     r = _first(ranks, site, rank)
@@ -89,8 +94,8 @@ def lora(
     a = float(r) if a is None else float(a)
     if r > min(site.shape[-2:]) and min(site.shape[-2:]) > 0:
       raise ValueError(
-        f"rank {r} exceeds the matrix at {site.path!r}, whose kernel is {site.shape}; lower rank, or "
-        "give that path its own in rank_pattern"
+        f"rank {r} exceeds the matrix at {site.path!r}, whose kernel is {site.shape}; lower rank, "
+        "or give that path its own in rank_pattern"
       )
     scaling = a / (math.sqrt(r) if rslora else r)
     common = (site, leaf, key, r, scaling, dropout, init, dtype, group)
@@ -119,7 +124,7 @@ def matrices(found: list[Target], targets: Targets, method: str) -> list[Target]
   kept = [t for t in found if len(t.site.shape) >= 2]
   if not kept:
     raise ValueError(
-      f"{method}: {targets!r} names only vectors {[t.site.path for t in found][:5]}; it needs matrices"
+      f"{method} needs matrices; {targets!r} names only {[t.site.path for t in found][:5]}"
     )
   idle = [t.site.path for t in kept if not t.site.called]
   if idle:
@@ -168,7 +173,9 @@ def _lora(site, leaf, key, rank, scaling, dropout, init, dtype, group) -> LoraWe
   a_axes, _, b_axes = factors.partition(",")
   r = next(c for c in a_axes if c not in kernel)
   size = dict(zip(kernel, site.shape, strict=True)) | {r: rank}
-  names = dict(zip(kernel, box_names(leaf, len(site.stacked) + len(kernel))[len(site.stacked) :], strict=True))
+  names = dict(
+    zip(kernel, box_names(leaf, len(site.stacked) + len(kernel))[len(site.stacked) :], strict=True)
+  )
   lead = box_names(leaf, len(site.stacked) + len(kernel))[: len(site.stacked)]
   a_shape, b_shape = (site.stacked + tuple(size[c] for c in s) for s in (a_axes, b_axes))
   dtype, wide = _numbers(leaf, dtype)
@@ -197,7 +204,9 @@ def _fused(site, leaf, key, rank, scaling, dropout, init, dtype, group, fused) -
   axis = 1 if eq == "...i,io->...o" else 0
   width, n_in = site.shape[axis], site.shape[1 - axis]
   if width % parts:
-    raise ValueError(f"lora(fused={fused}): {site.path!r} has {width} outputs, not {parts} equal parts")
+    raise ValueError(
+      f"lora(fused={fused}): {site.path!r} has {width} outputs, not {parts} equal parts"
+    )
   dtype, wide = _numbers(leaf, dtype)
   a = _drawn(key, (*site.stacked, len(chosen), n_in, rank), n_in, rank, init, dtype)
   b = jnp.zeros((*site.stacked, len(chosen), rank, width // parts), dtype)

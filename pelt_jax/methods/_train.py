@@ -32,7 +32,9 @@ def train(
     >>> import flax.linen as nn, jax, jax.numpy as jnp, pelt_jax as pelt
     >>> model, x = nn.Dense(3), jnp.ones((2, 4))
     >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> pelt.count(pelt.train("bias").init(jax.random.key(1), params, pelt.sites(model, x))).trainable
+    >>> pelt.count(
+    ...   pelt.train("bias").init(jax.random.key(1), params, pelt.sites(model, x))
+    ... ).trainable
     3
   """
 
@@ -76,7 +78,9 @@ def full() -> Transform:
     for site in (s for s in sites if s.kind == "leaf"):
       leaf = require(params, site)
       if isinstance(leaf, Node):
-        raise ValueError(f"full() trains every leaf, but {site.path!r} holds a {type(leaf).__name__}")
+        raise ValueError(
+          f"full() trains every leaf, but {site.path!r} holds a {type(leaf).__name__}"
+        )
       changes[site.path] = _tuned(leaf, site, "trainable")
     return update_at(params, changes)
 

@@ -126,7 +126,9 @@ def bank(members: Sequence[dict]) -> dict:
     kinds = [{p: type(v) for p, v in t.items() if is_node(v)} for t in (table, tables[0])]
     odd = sorted(dict(set(kinds[0].items()) ^ set(kinds[1].items())))
     if odd:
-      raise ValueError(f"members 0 and {i} of the bank differ at {odd[:4]}: give them the same sites")
+      raise ValueError(
+        f"members 0 and {i} of the bank differ at {odd[:4]}: give them the same sites"
+      )
   out = {}
   for path, first in tables[0].items():
     nodes = [t[path] for t in tables]
@@ -146,7 +148,9 @@ def _bank_weight(nodes: list[Any], path: str) -> Any:
     return first.based(_bank_weight(inner, path) if isinstance(inner[0], Weight) else inner[0])
   bare = [n.based(None) for n in nodes]
   below = first.base if "base" in first.kinds else None
-  return BankWeight(below, _stack(bare, first.stacked, path), group=first.group, stacked=first.stacked)
+  return BankWeight(
+    below, _stack(bare, first.stacked, path), group=first.group, stacked=first.stacked
+  )
 
 
 def _bank_bypass(nodes: list[Any], path: str) -> Any:
@@ -158,7 +162,9 @@ def _bank_bypass(nodes: list[Any], path: str) -> Any:
   whole = _stack(nodes, first.stacked, path)
 
   def wrap(value: Any) -> Any:
-    return Bank(value, group=value.group, stacked=value.stacked) if isinstance(value, Branch) else value
+    return (
+      Bank(value, group=value.group, stacked=value.stacked) if isinstance(value, Branch) else value
+    )
 
   changes = {n: wrap(v) for n, v in whole.children()}
   if "banked" in first.kinds:
@@ -174,7 +180,7 @@ def _stack(nodes: Sequence[Any], axis: int, path: str) -> Any:
 
   def join(*arrays: jax.Array) -> jax.Array:
     shape = tuple(max(s) for s in zip(*(jnp.shape(a) for a in arrays), strict=True))
-    padded = [jnp.pad(a, [(0, n - m) for n, m in zip(shape, jnp.shape(a), strict=True)]) for a in arrays]
-    return jnp.stack(padded, axis=axis)
+    missing = lambda a: [(0, n - m) for n, m in zip(shape, jnp.shape(a), strict=True)]  # noqa: E731
+    return jnp.stack([jnp.pad(a, missing(a)) if shape else a for a in arrays], axis=axis)
 
   return jax.tree.map(join, *nodes)

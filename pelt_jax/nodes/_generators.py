@@ -12,7 +12,7 @@ from pelt_jax.nodes._placements import Prefix
 class PrefixMLP(Generator):
   """One MLP makes the keys and values of every layer (prefix tuning's reparametrisation).
 
-  `tanh(embedding @ w1 + b1) @ w2 + b2`, (P, 2 * layers * heads * width), laid out k0, v0, k1, v1, ...
+  `tanh(embedding @ w1 + b1) @ w2 + b2`, (P, 2 * layers * heads * width), laid out k0, v0, k1, ...
 
   Attributes:
     embedding: (P, e).
@@ -53,7 +53,7 @@ class PrefixMLP(Generator):
 
 
 def _fill(bypass: Any, keys: jax.Array, values: jax.Array) -> Any:
-  """The bypass with the first waiting prefix filled: generators run in the order they were added."""
+  """The bypass with its first waiting prefix filled; generators run in the order of addition."""
   if isinstance(bypass, Chain):
     first = next(i for i, n in enumerate(bypass.nodes) if _is_waiting(n))
     filled = _fill(bypass.nodes[first], keys, values)

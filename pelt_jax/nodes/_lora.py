@@ -34,7 +34,7 @@ class Dropout(Node):
 
 
 class LoraWeight(Weight):
-  """`base + scaling * a @ b`, never built in the forward pass: `x @ base + ((x @ a) * scaling) @ b`.
+  """`base + scaling * a @ b`, not built in the forward pass: `x @ base + ((x @ a) * scaling) @ b`.
 
   Attributes:
     base: (in, out) in the plain case, an array or another weight node.
@@ -76,7 +76,9 @@ class LoraWeight(Weight):
 
   def rank(self) -> int:
     _, a, _ = _subscripts(self.axes)
-    return min(self.array("a").shape[self.stacked + a.index(_rank_letter(self.axes))], *self.shape[-2:])
+    return min(
+      self.array("a").shape[self.stacked + a.index(_rank_letter(self.axes))], *self.shape[-2:]
+    )
 
   def specs(self, spec: tuple, tensor: tuple) -> "LoraWeight":
     kernel, a, b = _subscripts(self.axes)
@@ -86,7 +88,7 @@ class LoraWeight(Weight):
     return new.replace(a=P(*lead, *map(axis.get, a)), b=P(*lead, *map(axis.get, b)))
 
   def _delta(self) -> jax.Array:
-    """scaling * a @ b in at least float32, with stacked axes."""
+    """The change, scaling * a @ b, in at least float32, with stacked axes."""
     kernel, a, b = _subscripts(self.axes)
     dtype = jnp.promote_types(self.array("a").dtype, jnp.float32)
     left, right = (jnp.asarray(self.array(n), dtype) for n in "ab")
@@ -127,7 +129,9 @@ class FusedLora(Weight):
     h = x if self.dropout is None else self.dropout(call, x)
     h = jnp.einsum("...i,gir->...gr", h, jnp.asarray(self.array("a"), x.dtype), precision=precision)
     h = h * jnp.asarray(self.scaling, x.dtype)
-    h = jnp.einsum("...gr,gro->...go", h, jnp.asarray(self.array("b"), x.dtype), precision=precision)
+    h = jnp.einsum(
+      "...gr,gro->...go", h, jnp.asarray(self.array("b"), x.dtype), precision=precision
+    )
     return y + self._placed(h)
 
   def materialize(self) -> jax.Array:

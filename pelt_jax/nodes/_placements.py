@@ -46,7 +46,7 @@ class Before(Bypass):
 
 
 class AroundNorm(Bypass):
-  """`next(s + branch(next(s)))` at a LayerNorm whose input s is already the residual sum (Pfeiffer).
+  """`next(s + branch(next(s)))` at a LayerNorm whose input s is the residual sum (Pfeiffer).
 
   Attributes:
     branch: reads the normalized sum; what it gives is added to the sum, which is normalized again.
@@ -82,7 +82,9 @@ class Prefix(Bypass):
     self, call: Any, q: jax.Array, k: jax.Array, v: jax.Array, mask=None, bias=None, **kwargs: Any
   ) -> Any:
     if self.keys is None:
-      raise ValueError(f"the prefix at {call.path!r} waits for its generator: run pelt.bypass or fold")
+      raise ValueError(
+        f"the prefix at {call.path!r} waits for its generator: run pelt.bypass or fold"
+      )
     own_k, own_v = self.array("keys"), self.array("values")
     if self.banked:
       own_k, own_v = call.picked((own_k, own_v), k.shape[0], own_k.shape[0])
