@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _TRAIN_NAMES = (
   ("deterministic", True),
@@ -242,7 +243,7 @@ class Call:
         f"rows has shape {jnp.shape(rows)}; the batch at {self.path!r} needs ({batch},)"
       )
     if not isinstance(rows, jax.core.Tracer):
-      low, high = int(jnp.min(rows)), int(jnp.max(rows))
+      low, high = int(np.min(rows)), int(np.max(rows))
       if low < 0 or high >= count:
         raise ValueError(
           f"rows holds {low}..{high}, but the bank at {self.path!r} has {count} members"

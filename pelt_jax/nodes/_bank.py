@@ -59,8 +59,10 @@ class BankWeight(Weight):
   def lookup(self, ids: jax.Array, call: Any = None) -> jax.Array:
     return self._by_row(lambda m, row, c: m.lookup(row, c), ids, call)
 
-  def spread(self, like: jax.Array, call: Any = None) -> jax.Array:
-    return self._by_row(lambda m, row, c: m.spread(row, c), like, call)
+  def spread(self, like: Any, call: Any = None) -> jax.Array:
+    row = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)  # `like` may itself be only a shape
+    numbers = jnp.arange(like.shape[0])
+    return self._by_row(lambda m, _, c: m.spread(row, c), numbers, call)
 
   def materialize(self) -> jax.Array:
     context = _call.active()
