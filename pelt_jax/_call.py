@@ -243,7 +243,7 @@ class Call:
         f"rows has shape {jnp.shape(rows)}; the batch at {self.path!r} needs ({batch},)"
       )
     if not isinstance(rows, jax.core.Tracer):
-      low, high = int(np.min(rows)), int(np.max(rows))
+      low, high = (int(f(np.asarray(rows))) for f in (np.min, np.max))
       if low < 0 or high >= count:
         raise ValueError(
           f"rows holds {low}..{high}, but the bank at {self.path!r} has {count} members"
