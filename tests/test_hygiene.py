@@ -26,8 +26,9 @@ assert not bridge.backends_are_initialized()
 @pytest.mark.parametrize("name", sorted(n for n in dir(pelt_jax) if not n.startswith("_")))
 def test_public_names_are_documented(name):
   value = getattr(pelt_jax, name)
-  if inspect.ismodule(value) or callable(value):
-    assert inspect.getdoc(value), f"pelt_jax.{name} has no docstring"
+  if inspect.ismodule(value) and not value.__name__.startswith("pelt_jax"):
+    return  # put there by the import hook that checks annotations
+  assert inspect.getdoc(value), f"pelt_jax.{name} has no docstring"
 
 
 def test_tests_skip_only_through_require():
