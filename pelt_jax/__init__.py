@@ -9,6 +9,7 @@ from pelt_jax._save import load as load
 from pelt_jax._save import save as save
 from pelt_jax._site import Role as Role
 from pelt_jax._site import Site as Site
+from pelt_jax._summary import summary as summary
 from pelt_jax._transform import PostStep as PostStep
 from pelt_jax._transform import Transform as Transform
 from pelt_jax._transform import chain as chain
