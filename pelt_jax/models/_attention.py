@@ -17,7 +17,7 @@ Array = jax.Array | np.ndarray
 
 def at_least_float32(dtype: Any) -> Any:
   """The dtype in which reductions run: float32, or float64 for float64."""
-  return jnp.promote_types(dtype, jnp.float32)
+  return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 class AttentionCore(nn.Module):

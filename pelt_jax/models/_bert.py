@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -29,9 +30,17 @@ def _dense(config: EncoderConfig, dtype: Any, features: int, name: str) -> nn.De
   )
 
 
-def _norm(config: EncoderConfig, dtype: Any) -> nn.LayerNorm:
+class LayerNorm(nn.LayerNorm):
+  """Flax's, which promotes dtypes on purpose and so needs that to be allowed."""
+
+  def __call__(self, x: Array) -> Array:
+    with jax.numpy_dtype_promotion("standard"):
+      return super().__call__(x)
+
+
+def _norm(config: EncoderConfig, dtype: Any) -> LayerNorm:
   # E[x²] - E[x]² loses half the digits where the mean is large.
-  return nn.LayerNorm(
+  return LayerNorm(
     config.layer_norm_eps, dtype=dtype, param_dtype=dtype, use_fast_variance=False, name="LayerNorm"
   )
 

@@ -1,0 +1,112 @@
+"""Tiny random models of every family, and what comparisons share."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pelt_jax import models
+
+VOCAB = 97
+PAD = 3  # neither 0 nor the last id, so that a forgotten comparison shows
+
+_TINY = {
+  "vocab_size": VOCAB,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "max_position_embeddings": 64,
+  "pad_token_id": PAD,
+  "bos_token_id": 1,
+  "eos_token_id": 2,
+  "initializer_range": 0.3,  # so that attention is not uniform
+}
+_GROUPED = _TINY | {"num_key_value_heads": 2}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+  "llama": _GROUPED | {"model_type": "llama"},
+  "llama-tied-biased": _GROUPED
+  | {
+    "model_type": "llama",
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "head_dim": 12,
+  },
+  "mistral": _GROUPED | {"model_type": "mistral", "sliding_window": 5},
+  "qwen2": _GROUPED | {"model_type": "qwen2", "tie_word_embeddings": True},
+  # Layers 1 and 2 slide, layer 0 does not.
+  "qwen2-mixed": _GROUPED
+  | {
+    "model_type": "qwen2",
+    "use_sliding_window": True,
+    "sliding_window": 4,
+    "max_window_layers": 1,
+  },
+  "qwen3": _GROUPED | {"model_type": "qwen3", "head_dim": 12},
+  "bert": _TINY | {"model_type": "bert", "type_vocab_size": 2},
+  "roberta": _TINY | {"model_type": "roberta", "type_vocab_size": 1},
+}
+DECODERS = [name for name in CONFIGS if name not in ("bert", "roberta")]
+ENCODERS = ["bert", "roberta"]
+TASKS = {
+  **{name: ("lm", "classification", "tagging", "encoder") for name in DECODERS},
+  **{name: ("classification", "tagging", "encoder") for name in ENCODERS},
+}
+PAIRS = [(name, task) for name in CONFIGS for task in TASKS[name]]
+
+
+def build(name: str, task: str, **options: Any) -> Any:
+  """A tiny model of a family."""
+  labels = 5 if task in ("classification", "tagging") else None
+  return models.from_config(CONFIGS[name], task=task, num_labels=labels, **options)
+
+
+@functools.cache
+def built(name: str, task: str) -> tuple[Any, Any]:
+  """A tiny looped model and random parameters, norms and biases not trivial."""
+  model = build(name, task)
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  rng = np.random.default_rng(0)
+  noise = lambda x: x + jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype)  # noqa: E731
+  return model, jax.tree.map(noise, params)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
+  """Random ids without the padding id."""
+  return np.random.default_rng(seed).integers(PAD + 1, VOCAB, (batch, length)).astype(np.int32)
+
+
+def padded(ids: np.ndarray, lengths: list[int], side: str) -> tuple[np.ndarray, np.ndarray]:
+  """Cuts rows to `lengths` and pads them on one side: ids and mask."""
+  out, mask = np.full_like(ids, PAD), np.zeros_like(ids)
+  for i, n in enumerate(lengths):
+    where = slice(ids.shape[1] - n, None) if side == "left" else slice(0, n)
+    out[i, where], mask[i, where] = ids[i, :n], 1
+  return out, mask
+
+
+def close(got: Any, want: Any, tolerance: float, where: Any = None) -> None:
+  """Largest difference, relative to the largest wanted value; `where` selects leading axes."""
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  assert got.shape == want.shape, (got.shape, want.shape)
+  assert np.isfinite(want).all()
+  error = np.abs(got - want)
+  if where is not None:
+    error = error[np.asarray(where).astype(bool)]
+  largest = error.max() / np.abs(want).max()
+  assert largest <= tolerance, f"{largest:.2e} > {tolerance:.0e}"
+
+
+def trees_close(got: Any, want: Any, tolerance: float) -> None:
+  """`close` leaf by leaf, relative to the largest leaf of all (small gradients round as the rest)."""
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  top = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+  ):
+    error = float(jnp.abs(a - b).max()) / top
+    assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e} > {tolerance:.0e}"
