@@ -24,7 +24,9 @@ def buckets(*data: Encoded) -> tuple[int, ...]:
   return tuple(sorted({-(-int(n) // _MULTIPLE) * _MULTIPLE for n in at}))
 
 
-def collate(data: Encoded, indices: Sequence[int], size: int, lengths: Sequence[int]) -> Batch:
+def collate(
+  data: Encoded, indices: Sequence[int] | np.ndarray, size: int, lengths: Sequence[int]
+) -> Batch:
   """One batch of `size` rows; where `indices` are fewer, rows without targets fill it.
 
   Args:

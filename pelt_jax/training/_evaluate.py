@@ -28,6 +28,7 @@ class Evaluator:
     size: Rows per batch.
     lengths: As for `collate`.
     place: What puts a batch on devices, for sharded runs.
+    **options: Of `jax.jit`.
   """
 
   def __init__(
@@ -37,11 +38,12 @@ class Evaluator:
     size: int = 32,
     lengths: Sequence[int] | None = None,
     place: Callable[[Batch], Any] | None = None,
+    **options: Any,
   ):
     self._data, self._size, self._lengths = data, size, lengths
     self._place = place or (lambda batch: batch)
     loss = LOSSES[data.task]
-    self.program = Compiled(lambda params, batch: loss(apply, params, batch, None), by=1)
+    self.program = Compiled(lambda params, batch: loss(apply, params, batch, None), by=1, **options)
 
   def __call__(self, params: Any) -> dict[str, float]:
     """Scores of `params`: `loss` and, by task, accuracy and F1, entity F1, or bits per byte."""

@@ -125,17 +125,19 @@ def fit(
   # A copy: the step donates its buffers, and the caller's params stay valid.
   trainable, frozen, state = train.init(params)
   trainable = jax.tree.map(lambda x: x.copy(), trainable)
-  best = jax.device_get(trainable) if metric is not None else ()
+  best = jax.tree.map(lambda x: x.copy(), trainable) if metric is not None else ()
   history, start, since = History(), 0, 0
   if resume and checkpoints is not None and checkpoints.latest() is not None:
     like = {"trainable": trainable, "state": state, "best": best, "key": key}
     start, tree, meta = checkpoints.restore(like)
     trainable, state, key = tree["trainable"], tree["state"], tree["key"]
-    best = jax.device_get(tree["best"])
+    best = tree["best"]
     history, since = History(**meta["history"]), meta["since"]
     loader.set_state(meta["data"])
 
-  program = Compiled(train.step, by=3, donate_argnums=(0, 2))
+  # Results keep the placement of what they replace, or the next step would not fit its program.
+  kept = jax.tree.map(lambda x: x.sharding, (trainable, state))
+  program = Compiled(train.step, by=3, donate_argnums=(0, 2), out_shardings=(*kept, None))
   place = place or (lambda batch: batch)
   pending: tuple[int, Any] | None = None
   times: collections.deque[float] = collections.deque(maxlen=_KEPT_TIMES)
@@ -183,7 +185,7 @@ def fit(
           sign = 1 if higher_is_better else -1
           if history.best is None or sign * scores[metric] > sign * history.best[1]:
             history.best, since = [number, scores[metric]], 0
-            best = jax.device_get(trainable)
+            best = jax.tree.map(lambda x: x.copy(), trainable)
           else:
             since += 1
           stopped = patience is not None and since >= patience
@@ -193,8 +195,7 @@ def fit(
         save(number)
     flush()
   if metric is not None and history.best is not None:
-    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), best, trainable)
-    trainable = placed
+    trainable = best
   return Fit(
     combine(trainable, frozen),
     trainable,

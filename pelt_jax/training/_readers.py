@@ -62,17 +62,16 @@ class Examples:
 def read(
   path: str | os.PathLike, task: str, columns: Sequence[str] | str | None = None
 ) -> Examples:
-  """Reads a file of examples for `task`.
+  r"""Reads a file of examples for `task`.
 
-  | file | what it holds |
-  |---|---|
-  | `.jsonl`, `.json`, or a first line starting with `{` | one object a line: `text` and `label`; \
-`tokens` and `tags`; `messages`; `prompt` and `completion`; or `text` |
-  | `.csv`, `.tsv`, or (classification) tabs | a header naming those fields, or `columns`; a table \
-of two columns without a header is `text,label` |
-  | tagging, anything else | CoNLL: token first, tag last on a line, blank lines between sentences |
-  | classification, anything else | `label words …` |
-  | lm, anything else | plain text: the whole file is one example |
+  - `.jsonl`, `.json`, or a first line that is a JSON object: one object a line, with `text` and
+    `label`; `tokens` and `tags`; or `messages`, or `prompt` and `completion`, or `text`.
+  - `.csv`, `.tsv`, and for classification any file with tabs: a table whose header names those
+    fields, or see `columns`. Two columns without a header are `text,label`.
+  - Anything else, tagging: CoNLL, a line has the token first and the tag last, and blank lines
+    separate sentences.
+  - Anything else, classification: `label words …`.
+  - Anything else, lm: plain text, the whole file is one example.
 
   Text is UTF-8; a file that is not is read as Latin-1.
 
@@ -91,7 +90,7 @@ of two columns without a header is `text,label` |
   Example:
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp()) / "questions.txt"
-    >>> _ = file.write_text("HUM Who was Galileo ?\\nLOC Where is Aspen ?\\n")
+    >>> _ = file.write_text("HUM Who was Galileo ?\nLOC Where is Aspen ?\n")
     >>> read(file, "classification").examples[1].label
     'LOC'
   """

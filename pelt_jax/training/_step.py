@@ -106,12 +106,19 @@ def train_step(
     after = state.post
     if post is not None:
       new, after = post.update(state.post, trainable, new, grads)
-    rate = optax.tree.get(optimizer, "learning_rate", None)
-    if rate is not None:
-      metrics["learning_rate"] = rate
+    rates = _learning_rates(optimizer)
+    if len(rates) == 1:
+      metrics["learning_rate"] = rates[0]
     return new, State(optimizer, after), metrics
 
   return TrainStep(init, step)
+
+
+def _learning_rates(state: Any) -> list[jax.Array]:
+  """What `optax.inject_hyperparams` recorded."""
+  injected = lambda x: hasattr(x, "hyperparams")  # noqa: E731
+  found = [x for x in jax.tree.leaves(state, is_leaf=injected) if injected(x)]
+  return [x.hyperparams["learning_rate"] for x in found if "learning_rate" in x.hyperparams]
 
 
 def _master(x: Any) -> Any:

@@ -5,7 +5,9 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from pelt_jax.training._extras import need
 
@@ -17,6 +19,7 @@ class Pieces(NamedTuple):
   spans: list[tuple[int, int]]
 
 
+@runtime_checkable  # so that annotations can be checked at run time
 class Tokenizer(Protocol):
   """What the pipeline asks of a tokenizer."""
 
@@ -31,7 +34,7 @@ class Tokenizer(Protocol):
     """Pieces of `text`; with `special`, also what surrounds one sequence ([CLS], [SEP])."""
     ...
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of ids, special tokens left out."""
     ...
 
@@ -64,7 +67,7 @@ class ByteTokenizer:
         spans.append((i, i + 1))
     return Pieces(ids, spans)
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of the bytes; broken sequences become replacement characters."""
     return bytes(int(i) - 3 for i in ids if 3 <= int(i) < 259).decode(errors="replace")
 
@@ -92,7 +95,7 @@ class FolderTokenizer:
     ]
     return Pieces(done.ids, spans)
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """See `Tokenizer.decode`."""
     return self.backend.decode([int(i) for i in ids])
 

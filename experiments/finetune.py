@@ -1,0 +1,491 @@
+"""Fine-tunes a model with one method and reports what it gained, cost and forgot.
+
+  python experiments/finetune.py                      # the demo: no arguments, no downloads
+  python experiments/finetune.py --model MiniLM/ --task classification --method lora \
+    --set rank=8 --train trec.train --eval trec.test --out runs/trec
+
+Writes into --out: adapter/ (what was trained), report.json, report.md, loss.png, checkpoints/.
+"""
+
+import argparse
+import ast
+import collections.abc
+import inspect
+import json
+import math
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import time
+import types
+import typing
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import pelt_jax as pelt
+from pelt_jax import models, training
+
+# Peak learning rates. PEFT methods start from zero change and need larger ones than full training.
+RATES = {
+  "full": {"classification": 5e-5, "tagging": 5e-5, "lm": 5e-5},
+  "bitfit": {"classification": 2e-3, "tagging": 2e-3, "lm": 1e-3},
+  "lora": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4},
+}
+OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4}
+METHODS = (  # those that this version has
+  *("full", "bitfit", "lora", "adalora", "dora", "pissa", "olora", "ia3", "vera", "loha", "lokr"),
+  *("qlora", "prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "adapter"),
+  *("adapter_fusion", "adapter_drop", "mam", "unipelt", "lora_fa", "miss", "hira"),
+)
+BATCHES = {"classification": 32, "tagging": 32, "lm": 8}
+EPOCHS = {"classification": 3, "tagging": 3, "lm": 1}
+WARMUP, DECAY, CLIP = 0.06, 0.01, 1.0  # of steps; of weights; of the gradient's norm
+# The demo's model is tiny and its task far away: more capacity, larger steps.
+DEMO = {"steps": 200, "batch": 16, "length": 128, "lr": 5e-3, "set": ("targets=all-linear",)}
+OUTPUTS = ("adapter", "checkpoints", "report.json", "report.md", "loss.png")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--model", default="demo", help="Hugging Face folder, hub id, or demo")
+  add("--train", help="JSONL, CSV, TSV, CoNLL or plain text")
+  add("--eval", help="the same, held out")
+  add("--general", help="general text: how much of it is forgotten (lm)")
+  add("--columns", help="of tables: text,label or prompt=NAME,completion=NAME")
+  add("--task", default="lm", choices=(*training.TASKS, "seq2seq"))
+  add("--method", default="lora", help=", ".join(m for m in METHODS if hasattr(pelt, m)))
+  add("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
+  add("--epochs", type=int)
+  add("--steps", type=int, help="instead of --epochs")
+  add("--batch", type=int, help="rows per optimizer step")
+  add("--accumulate", type=int, default=1, help="parts of a batch, run one after another")
+  add("--lr", type=float, help="peak learning rate")
+  add("--length", type=int, help="tokens per row; longer examples are cut")
+  add("--seed", type=int, default=0)
+  add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the frozen model")
+  add("--scan", action="store_true", help="compile one layer instead of all")
+  add("--remat", action="store_true", help="save memory by computing activations again")
+  add("--mesh", help="data=2,model=4")
+  add("--distributed", action="store_true", help="several processes; needs --mesh")
+  add("--resume", action="store_true", help="go on where --out stopped")
+  add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
+  add("--traceback", action="store_true", help="show where an error arose")
+  add("--quiet", action="store_true", help="no progress bar, no summary")
+  add("--out", help="folder to write (runs/demo for the demo)")
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict:
+  started = time.perf_counter()
+  args = parse(argv)
+  if args.distributed:
+    if not args.mesh:
+      raise ValueError("--distributed needs --mesh, which says what the processes share")
+    jax.distributed.initialize()
+  chief = jax.process_index() == 0
+  demo = args.model == "demo"
+  check_arguments(args, demo)
+  method = build_method(args)  # first: a wrong option should not cost a minute of loading
+  mesh = training.make_mesh(args.mesh) if args.mesh else None
+  out = pathlib.Path(args.out)
+  prepare(out, args)
+
+  # Data, model.
+  if demo:
+    import demo as demo_files
+
+    source = demo_files.folder(progress=not args.quiet)
+    tokenizer = training.ByteTokenizer()
+  else:
+    source, tokenizer = args.model, None
+  train_set, eval_set, general_set = read_files(args, demo)
+  labels = () if args.task == "lm" else training.label_list(train_set)
+  model, base = models.from_pretrained(
+    source,
+    task=args.task,
+    num_labels=len(labels) or None,
+    dtype=jnp.dtype(args.dtype),
+    scan=args.scan,
+    remat=args.remat,
+    key=jax.random.key(args.seed),
+  )
+  tokenizer = tokenizer or training.load_tokenizer(model.config.source)
+  limit = model.config.max_position_embeddings
+  if model.config.model_type == "roberta":
+    limit -= 2  # its positions start after the padding id
+
+  def encode(examples, task=args.task):
+    return training.encode(
+      examples, tokenizer, task, labels=labels, length=args.length, limit=limit
+    )
+
+  train_rows, eval_rows = encode(train_set), encode(eval_set)
+  lengths = training.buckets(train_rows, eval_rows)
+
+  # Method: nodes inside the params.
+  example = next(training.batches(train_rows, args.batch, lengths))[1]
+  sites = pelt.sites(model, example["input_ids"], jnp.ones_like(example["input_ids"]))
+  params = method.init(jax.random.key(args.seed), base, sites)
+  apply = pelt.bypass(model.apply)
+  place, options = None, {}
+  if mesh is not None:
+    jax.set_mesh(mesh)
+    specs = pelt.shardings(params, training.base_specs(sites, mesh), mesh)
+    params = jax.device_put(params, specs)
+    place = lambda batch: training.place_batch(batch, mesh)  # noqa: E731
+    options["out_shardings"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  # What it can do before training.
+  metric, higher = training.MAIN_METRIC[args.task]
+  evaluator = training.Evaluator(apply, eval_rows, args.batch, lengths, place, **options)
+  before = evaluator(params)
+  forget = None
+  if general_set is not None:
+    rows = encode(general_set, "lm")
+    forget = training.Evaluator(apply, rows, args.batch, None, place, **options)
+    forgotten = [forget(params)["loss"]]
+  sample = [continuation(apply, params, tokenizer)] if demo and args.task == "lm" else []
+
+  # Training.
+  loader = training.Loader(train_rows, args.batch, args.seed, lengths)
+  steps = args.steps or args.epochs * loader.steps_per_epoch
+  warmup = max(1, round(WARMUP * steps))
+  rate = optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, args.lr, warmup),
+      optax.linear_schedule(args.lr, 0.0, steps - warmup),
+    ],
+    [warmup],
+  )
+  tx = optax.inject_hyperparams(optax.adamw)(learning_rate=rate, weight_decay=DECAY)
+  loss = training.LOSSES[args.task]
+  train = training.train_step(apply, loss, tx, method, clip=CLIP, accumulate=args.accumulate)
+  checkpoints = training.Checkpoints(out / "checkpoints", run_options(args, steps))
+  every = max(1, loader.steps_per_epoch if args.epochs else math.ceil(steps / 4))
+  done = training.fit(
+    train,
+    params,
+    loader,
+    steps=steps,
+    key=jax.random.key(args.seed + 1),
+    evaluate=evaluator,
+    every=min(every, math.ceil(steps / 2)),
+    metric=metric,
+    higher_is_better=higher,
+    checkpoints=checkpoints,
+    resume=args.resume,
+    progress=chief and not args.quiet,
+    place=place,
+  )
+
+  # What it can do now.
+  after = evaluator(done.params)
+  if forget is not None:
+    forgotten.append(forget(done.params)["loss"])
+  if sample:
+    sample.append(continuation(apply, done.params, tokenizer))
+  final = done.params if mesh is None else training.replicate(done.params, mesh)
+  if not chief:
+    return {}
+  pelt.save(out / "adapter", final)
+  if labels:
+    write(out / "adapter" / "labels.json", json.dumps(labels, indent=2) + "\n")
+  count = pelt.count(final, sites)
+  report = {
+    "method": args.method,
+    "model": args.model,
+    "task": args.task,
+    "seed": args.seed,
+    "steps": done.steps,
+    "metric": {
+      "name": metric,
+      "higher_is_better": higher,
+      "before": before[metric],
+      "after": after[metric],
+    },
+    "forgetting": {"before": forgotten[0], "after": forgotten[1]} if forget else None,
+    "parameters": {
+      name: getattr(count, name)
+      for name in ("trainable", "stored", "changed", "rank", "head", "total")
+    },
+    "bytes": {
+      "adapter": sum(f.stat().st_size for f in (out / "adapter").rglob("*") if f.is_file()),
+      "optimizer": sum(x.nbytes for x in jax.tree.leaves(done.state.optimizer)),
+      "temp": done.cost["temp"],
+    },
+    "flops": {"step": done.cost["flops"], "forward": evaluator.program.cost()["flops"]},
+    "time": {
+      "compile_s": done.compile_s,
+      "step_ms": done.step_ms,
+      "total_s": time.perf_counter() - started,
+    },
+    "loss": done.history.loss,
+    "versions": {
+      "python": platform.python_version(),
+      **{name: sys.modules[name].__version__ for name in ("jax", "flax", "optax")},
+    },
+    "settings": run_options(args, steps),
+    "scores": {"before": before, "after": after, "during": done.history.evaluations},
+    "truncated": {"train": train_rows.truncated, "eval": eval_rows.truncated},
+    "sample": sample or None,
+  }
+  plot(out / "loss.png", report)
+  write(out / "report.md", as_markdown(report))
+  write(out / "report.json", json.dumps(report, indent=2) + "\n")  # last: it says all is there
+  if not args.quiet:
+    show(report, out)
+  return report
+
+
+def check_arguments(args: argparse.Namespace, demo: bool) -> None:
+  """Completes defaults; raises for what cannot work."""
+  if args.task == "seq2seq":
+    raise ValueError(
+      "--task seq2seq: with a decoder, use --task lm and a file of prompts and completions"
+    )
+  if demo and args.train is None and args.task != "lm":
+    raise ValueError(f"--model demo --task {args.task} needs --train and --eval")
+  if not demo or args.train or args.eval:
+    missing = [name for name in ("train", "eval") if getattr(args, name) is None]
+    if missing:
+      raise ValueError(f"--{missing[0]} is missing: training needs a --train and an --eval file")
+  if args.general and args.task != "lm":
+    raise ValueError("--general compares losses of language models: it needs --task lm")
+  if args.out is None:
+    if not demo:
+      raise ValueError("--out is missing: the folder to write")
+    args.out = "runs/demo"
+  if args.resume and args.overwrite:
+    raise ValueError("--resume and --overwrite exclude each other")
+  if args.steps and args.epochs:
+    raise ValueError("--steps and --epochs exclude each other")
+  for name in ("steps", "epochs", "batch", "accumulate", "length", "lr"):
+    value = getattr(args, name)
+    if value is not None and not value > 0:
+      raise ValueError(f"--{name} {value}: expected a positive number")
+  if demo and not args.train:
+    for name in ("steps", "batch", "length"):
+      if getattr(args, name) is None and not (name == "steps" and args.epochs):
+        setattr(args, name, DEMO[name])
+    if args.method == "lora" and args.lr is None:
+      args.lr = DEMO["lr"]
+    if args.method == "lora" and not args.set:
+      args.set = list(DEMO["set"])
+  args.batch = args.batch or BATCHES[args.task]
+  if not args.steps:
+    args.epochs = args.epochs or EPOCHS[args.task]
+  args.lr = args.lr or RATES.get(args.method, OTHER_RATES)[args.task]
+  if args.batch % args.accumulate:
+    raise ValueError(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
+
+
+def build_method(args: argparse.Namespace) -> pelt.Transform:
+  """The method with its options, and the task's head beside it."""
+  known = [name for name in METHODS if hasattr(pelt, name)]
+  if args.method not in known:
+    raise ValueError(f"--method {args.method}: unknown; known are {', '.join(known)}")
+  factory = getattr(pelt, args.method)
+  method = factory(**typed_options(args.method, factory, args.set))
+  if args.task != "lm" and args.method != "full":
+    method = pelt.chain(method, pelt.train("head"))
+  return method
+
+
+def typed_options(method: str, factory, settings: list[str]) -> dict:
+  """`KEY=VALUE` texts as the factory's signature wants them."""
+  parameters = inspect.signature(factory).parameters
+  kinds = typing.get_type_hints(factory)
+  values = {}
+  for setting in settings:
+    name, equals, text = setting.partition("=")
+    if not equals:
+      raise ValueError(f"--set {setting}: expected KEY=VALUE")
+    if name not in parameters:
+      options = ", ".join(f"{n}={p.default!r}" for n, p in parameters.items())
+      raise ValueError(f"--set {name}: {method} has no such option; it has {options or 'none'}")
+    values[name] = typed(setting, text, kinds.get(name, typing.Any))
+  return values
+
+
+def typed(setting: str, text: str, kind):
+  """The value that `text` writes, if it is of that kind."""
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+  alternatives = alternatives_of(kind)
+  if isinstance(value, str) and "," in value:
+    value = tuple(part.strip() for part in value.split(",") if part.strip())
+  for wanted in alternatives:
+    if fits(value, wanted):
+      return float(value) if wanted is float else value
+    if not isinstance(value, str | tuple | list) and fits((value,), wanted):
+      return (value,)  # layers=3
+    if wanted is str and isinstance(value, int | float):
+      return text
+  names = " or ".join(getattr(k, "__name__", str(k)) for k in alternatives)
+  raise ValueError(f"--set {setting}: expected {names}")
+
+
+def alternatives_of(kind) -> list:
+  if typing.get_origin(kind) in (typing.Union, types.UnionType):
+    return [one for part in typing.get_args(kind) for one in alternatives_of(part)]
+  return [kind]
+
+
+def fits(value, kind) -> bool:
+  origin = typing.get_origin(kind) or kind
+  if origin is typing.Any:
+    return True
+  if origin is typing.Literal:
+    return value in typing.get_args(kind)
+  if origin is float:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  if origin is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  if origin in (collections.abc.Iterable, collections.abc.Sequence):
+    return isinstance(value, tuple | list)
+  return isinstance(origin, type) and isinstance(value, origin)
+
+
+def prepare(out: pathlib.Path, args: argparse.Namespace) -> None:
+  """Makes the output folder; never mixes two runs in it."""
+  if out.exists() and not out.is_dir():
+    raise ValueError(f"--out {out} is a file")
+  if args.overwrite and jax.process_index() == 0:
+    for name in OUTPUTS:
+      path = out / name
+      shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+  if out.is_dir() and any(out.iterdir()) and not (args.resume or args.overwrite):
+    raise ValueError(f"--out {out} is not empty: pass --resume to go on, or --overwrite")
+  out.mkdir(parents=True, exist_ok=True)
+
+
+def read_files(args: argparse.Namespace, demo: bool):
+  """The examples to train on, to evaluate on, and of general text (or None)."""
+  if demo:
+    import demo as demo_files
+
+    def text(name, content):
+      return training.Examples(name, (training.Example(1, text=content),))
+
+    general = text("standard library", demo_files.code()[1]) if args.task == "lm" else None
+    if not args.train:
+      before, held_out = demo_files.prose()
+      return text("topics", before), text("held-out topics", held_out), general
+  else:
+    general = None
+  if args.general:
+    general = training.read(args.general, "lm")
+  read = [training.read(path, args.task, args.columns) for path in (args.train, args.eval)]
+  return *read, general
+
+
+def run_options(args: argparse.Namespace, steps: int) -> dict:
+  """What a resumed run has to share with the one it continues."""
+  names = ("model", "train", "eval", "task", "method", "batch", "accumulate", "lr", "length")
+  names += ("seed", "dtype", "scan")
+  return {name: getattr(args, name) for name in names} | {"set": sorted(args.set), "steps": steps}
+
+
+PROMPT = 'The "with" statement '
+
+
+def continuation(apply, params, tokenizer) -> str:
+  """What the model writes after a prompt, taking the likeliest byte each time."""
+  ids = jnp.array([[tokenizer.bos, *tokenizer.encode(PROMPT).ids]], jnp.int32)
+  made = training.generate(apply, params, ids, max_new_tokens=80)
+  return PROMPT + tokenizer.decode(made.tokens[0].tolist())
+
+
+def write(path: pathlib.Path, text: str) -> None:
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text(text, encoding="utf-8")
+  os.replace(temporary, path)
+
+
+def plot(path: pathlib.Path, report: dict) -> None:
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(6, 4), layout="constrained")
+  axes = figure.subplots()
+  axes.plot(*zip(*report["loss"], strict=True), linewidth=1, label="training")
+  held_out = [(step, scores["loss"]) for step, scores in report["scores"]["during"]]
+  axes.plot(
+    *zip((0, report["scores"]["before"]["loss"]), *held_out, strict=True), "o-", label="eval"
+  )
+  axes.set(xlabel="step", ylabel="loss", title=f"{report['method']} on {report['task']}")
+  axes.legend()
+  temporary = path.with_name(f".{path.name}.tmp")
+  figure.savefig(temporary, format="png", dpi=120)
+  os.replace(temporary, path)
+
+
+def rows_of(report: dict) -> list[tuple[str, str]]:
+  """The report as lines of a table."""
+  metric, counts, flops = report["metric"], report["parameters"], report["flops"]
+  before, after = report["scores"]["before"], report["scores"]["after"]
+  rows = [(name, f"{before[name]:.4f} → {after[name]:.4f}") for name in after]
+  rows.sort(key=lambda row: row[0] != metric["name"])
+  if report["forgetting"]:
+    rows.append(
+      ("loss on general text", "{before:.4f} → {after:.4f}".format(**report["forgetting"]))
+    )
+  share = counts["trainable"] / counts["total"]
+  rows.append(("trainable", f"{counts['trainable']:,} of {counts['total']:,} ({share:.2%})"))
+  if counts["head"]:
+    rows.append(("head", f"{counts['head']:,}"))
+  rows.append(("adapter file", f"{report['bytes']['adapter'] / 1e6:.2f} MB"))
+  rows.append(("optimizer state", f"{report['bytes']['optimizer'] / 1e6:.2f} MB"))
+  if flops["step"]:
+    rows.append(("FLOPs per step", f"{flops['step']:.3g}"))
+  if report["time"]["step_ms"]:
+    rows.append(("step", f"{report['time']['step_ms']:.1f} ms"))
+  rows.append(("compiling", f"{report['time']['compile_s']:.1f} s"))
+  rows.append(("total", f"{report['time']['total_s']:.1f} s"))
+  for which in ("train", "eval"):
+    if report["truncated"][which]:
+      rows.append((f"{which} examples cut", f"{report['truncated'][which]:,}"))
+  return rows
+
+
+def as_markdown(report: dict) -> str:
+  title = f"# {report['method']} on {report['task']}, {report['steps']} steps\n"
+  table = "\n".join(f"| {name} | {value} |" for name, value in rows_of(report))
+  settings = "\n".join(f"- {k}: {v}" for k, v in report["settings"].items() if v is not None)
+  text = f"{title}\n| | before → after |\n|---|---|\n{table}\n\n## Settings\n\n{settings}\n"
+  if report["sample"]:
+    before, after = report["sample"]
+    text += f"\n## Sample, before\n\n```\n{before}\n```\n\n## Sample, after\n\n```\n{after}\n```\n"
+  return text + "\n![loss](loss.png)\n"
+
+
+def show(report: dict, out: pathlib.Path) -> None:
+  from rich.console import Console
+  from rich.table import Table
+
+  console = Console()
+  table = Table("", "before → after", title=f"{report['method']} on {report['task']}")
+  for row in rows_of(report):
+    table.add_row(*row)
+  console.print(table)
+  for name, text in zip(("before", "after"), report["sample"] or (), strict=False):
+    console.print(f"sample {name}:", style="bold")
+    console.print(text, markup=False, highlight=False)
+  console.print(f"written to {out}")
+
+
+if __name__ == "__main__":
+  try:
+    main()
+  except (ValueError, OSError, training.Diverged) as error:
+    if "--traceback" in sys.argv:
+      raise
+    sys.exit(f"error: {error}")
