@@ -196,7 +196,7 @@ class Weight(Node):
     """Rows of a table: `(..., d)` for ids `(...)`."""
     return jnp.take(self.materialize(), ids, axis=0)
 
-  def spread(self, like: jax.Array, call: Any = None) -> jax.Array:
+  def spread(self, like: Any, call: Any = None) -> jax.Array:
     """The array shaped to broadcast against the trailing axes of `like`."""
     return spread(self.materialize(), like)
 
@@ -353,7 +353,7 @@ def map_arrays(fn: Callable[[str, str | None, Any, str], Any], tree: Any, *, is_
   return visit(tree, "base", None, "")
 
 
-def spread(value: jax.Array, like: jax.Array) -> jax.Array:
+def spread(value: jax.Array, like: Any) -> jax.Array:
   """`value` cast to `like.dtype`, with leading ones so that it broadcasts against `like`."""
   value = jnp.asarray(value, like.dtype)
   return value.reshape((1,) * (like.ndim - value.ndim) + value.shape)

@@ -50,7 +50,7 @@ class Guard(Weight):
   def lookup(self, ids: jax.Array, call: Any = None) -> jax.Array:
     return table_rows(self.base, ids, call)
 
-  def spread(self, like: jax.Array, call: Any = None) -> jax.Array:
+  def spread(self, like: Any, call: Any = None) -> jax.Array:
     below = self.base
     return below.spread(like, call) if isinstance(below, Weight) else spread(strip(below), like)
 
