@@ -73,7 +73,9 @@ def test_half_precision_softmax_runs_in_float32():
   q, k = jnp.zeros((1, 1, 1, 8), jnp.float16), jnp.zeros((1, 70000, 1, 8), jnp.float16)
   v = jnp.ones((1, 70000, 1, 8), jnp.float16)
   out = AttentionCore().apply({}, q, k, v)
-  assert out.dtype == jnp.float16 and jnp.isfinite(out).all() and abs(float(out[0, 0, 0, 0]) - 1) < 0.1
+  assert (
+    out.dtype == jnp.float16 and jnp.isfinite(out).all() and abs(float(out[0, 0, 0, 0]) - 1) < 0.1
+  )
 
 
 def test_dropout_acts_on_the_weights_only_when_told():

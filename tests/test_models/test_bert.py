@@ -1,0 +1,65 @@
+import jax
+import numpy as np
+import pytest
+
+import pelt_jax as pelt
+from tests.test_models.helpers import ENCODERS, PAD, build, built, close, padded, tokens
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_padding_changes_nothing(name):
+  model, params = built(name, "classification")
+  apply = jax.jit(model.apply)
+  ids, lengths = tokens(2, 9), [9, 5]
+  batch, mask = padded(ids, lengths, "right")
+  single = [apply({"params": params}, ids[i : i + 1, :n])[0] for i, n in enumerate(lengths)]
+  close(apply({"params": params}, batch, mask), np.stack(single), 2e-6)
+  other = np.where(mask == 1, batch, 7)  # what stands under the mask does not matter
+  if name == "bert":  # RoBERTa counts positions by the padding id, as its reference does
+    close(apply({"params": params}, other, mask), np.stack(single), 2e-6)
+
+
+def test_packed_segments_equal_separate_rows():
+  model, params = built("bert", "tagging")
+  a, b = tokens(1, 4, seed=1), tokens(1, 5, seed=2)
+  packed = np.concatenate([a, b, [[PAD]]], axis=1)
+  segments, positions = np.array([[1] * 4 + [2] * 5 + [0]]), np.array([[*range(4), *range(5), 0]])
+  out = model.apply({"params": params}, packed, None, positions, segment_ids=segments)
+  close(out[:, :4], model.apply({"params": params}, a), 2e-6)
+  close(out[:, 4:9], model.apply({"params": params}, b), 2e-6)
+
+
+def test_dropout_acts_only_when_told():
+  model, params = built("bert", "classification")
+  ids = tokens(2, 6)
+  run = lambda s, d: model.apply(  # noqa: E731
+    {"params": params}, ids, deterministic=d, rngs={"dropout": jax.random.key(s)}
+  )
+  np.testing.assert_array_equal(run(0, True), model.apply({"params": params}, ids))
+  np.testing.assert_array_equal(run(0, False), run(0, False))
+  assert (np.asarray(run(0, False)) != np.asarray(run(1, False))).any()
+
+
+PER_LAYER = {
+  "query", "key", "value", "attention_out", "ffn_in", "ffn_out", "ffn", "attention",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "task", "head"), [
+  ("bert", "classification", ["classifier"]),
+  ("roberta", "classification", ["classifier/dense", "classifier/out_proj"]),
+  ("roberta", "tagging", ["classifier"]),
+  ("bert", "encoder", []),
+])  # fmt: skip
+@pytest.mark.parametrize("scan", [False, True])
+def test_every_role_names_its_modules(name, task, head, scan):
+  found: dict[str, list] = {}
+  for site in pelt.sites(build(name, task, scan=scan), tokens(1, 4)):
+    if site.kind == "call":
+      for served in site.roles:
+        found.setdefault(served.role, []).append(site.path)
+  layers = 1 if scan else 3
+  assert {r: len(found[r]) for r in PER_LAYER} == dict.fromkeys(PER_LAYER, layers)
+  assert len(found["norm"]) == 1 + 2 * layers and len(found["embedding"]) == 1
+  assert found.get("head", []) == head
+  assert not any("attention/output" in p for p in found["ffn_out"] + found["ffn"])

@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pelt_jax as pelt
+from pelt_jax import models
+from pelt_jax.models import token_losses
+from tests.test_models.helpers import (
+  CONFIGS,
+  VOCAB,
+  built,
+  close,
+  random_params,
+  tokens,
+  trees_close,
+)
+
+
+def test_loss_in_closed_form():
+  # softmax of (0, ln 3) is (1/4, 3/4).
+  logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]]]))
+  out = token_losses(logits, jnp.array([[0, 1, -100]]))
+  np.testing.assert_allclose(out, [[np.log(4), np.log(4 / 3), 0]], rtol=1e-6)
+
+
+def test_labels_outside_the_vocabulary_are_loud():
+  out = token_losses(jnp.zeros((1, 3, 4)), jnp.array([[4, -1, 3]]))
+  np.testing.assert_array_equal(jnp.isnan(out), [[True, True, False]])
+
+
+def test_half_precision_logits_give_float32_losses():
+  logits = jnp.zeros((1, 1, 300), jnp.bfloat16)
+  out = token_losses(logits, jnp.array([[0]]))
+  assert out.dtype == jnp.float32 and abs(float(out[0, 0]) - np.log(300)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # own head, tied head
+@pytest.mark.parametrize("chunk", [10, 6])  # 4 chunks of 3 positions (one padded), 6 of 2
+def test_chunks_change_neither_losses_nor_gradients(name, chunk):
+  model, params = built(name, "lm")
+  ids, labels = tokens(3, 11), tokens(3, 11, seed=1)
+  labels[0, :4] = -100
+
+  def plain(p):
+    out = token_losses(model.apply({"params": p}, ids), labels)
+    return out.mean(), out
+
+  def chunked(p):
+    out = model.clone(loss_chunk=chunk).apply({"params": p}, ids, labels=labels)
+    return out.mean(), out
+
+  (_, want), gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+  (_, got), other = jax.jit(jax.value_and_grad(chunked, has_aux=True))(params)
+  assert got.dtype == jnp.float32 and not got[0, :4].any()
+  close(got, want, 2e-6)
+  trees_close(other, gradient, 1e-5)
+
+
+def shapes_in(jaxpr):
+  """Shapes of everything a jaxpr computes, inner jaxprs included."""
+  for eqn in jaxpr.eqns:
+    yield from (v.aval.shape for v in eqn.outvars)
+    for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from shapes_in(inner)
+
+
+def test_full_logits_never_exist():
+  batch, length, chunk = 2, 64, 16
+  raw = CONFIGS["llama"] | {"vocab_size": 4096, "num_hidden_layers": 1}
+  model = models.from_config(raw, scan=True)
+  params, ids = random_params(model), tokens(batch, length)
+
+  def program(chunk):
+    f = lambda p: model.clone(loss_chunk=chunk).apply({"params": p}, ids, labels=ids).sum()  # noqa: E731
+    grad = jax.grad(f)
+    largest = max(
+      int(np.prod(s)) for s in shapes_in(jax.make_jaxpr(grad)(params).jaxpr) if 4096 in s
+    )
+    return largest, jax.jit(grad).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+  full = batch * length * 4096
+  (plain, plain_bytes), (chunked, chunked_bytes) = program(10**6), program(chunk)
+  assert plain == full  # the check sees them where they do exist
+  # Nothing larger than the head itself (32 x 4096) or a chunk of logits.
+  assert chunked <= max(32, chunk) * 4096 < full
+  assert plain_bytes - chunked_bytes > 4 * (full - 4 * chunk * 4096)
+
+
+def test_nodes_at_the_head_run_in_every_chunk():
+  model, params = built("llama", "lm")
+  ids = tokens(2, 8)
+  method = pelt.lora(rank=2, targets="head")
+  params = method.init(jax.random.key(0), params, pelt.sites(model, ids))
+  params["lm_head"]["kernel"] = params["lm_head"]["kernel"].replace(b=jnp.ones((2, VOCAB)))
+  apply = pelt.bypass(model.clone(loss_chunk=4).apply)
+  want = token_losses(pelt.bypass(model.apply)({"params": params}, ids), ids)
+  close(apply({"params": params}, ids, labels=ids), want, 2e-6)
+
+
+def test_labels_have_the_shape_of_the_ids():
+  model, params = built("llama", "lm")
+  with pytest.raises(ValueError, match=r"shape of input_ids, \(2, 8\): \(2, 7\)"):
+    model.apply({"params": params}, tokens(2, 8), labels=tokens(2, 7))

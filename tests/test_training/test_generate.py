@@ -1,0 +1,138 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pelt_jax as pelt
+from pelt_jax.training import _generate
+from pelt_jax.training._generate import generate, restrict
+from tests.test_models.helpers import VOCAB, built, padded, tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+  return built("mistral", "lm")
+
+
+def slowly(model, params, prompt, steps):
+  """Greedy decoding by full forwards."""
+  apply = jax.jit(model.apply)
+  ids = np.zeros((len(prompt), prompt.shape[1] + steps), np.int32)
+  ids[:, : prompt.shape[1]] = prompt
+  for t in range(prompt.shape[1], ids.shape[1]):
+    ids[:, t] = np.asarray(apply({"params": params}, ids))[:, t - 1].argmax(-1)
+  return ids[:, prompt.shape[1] :]
+
+
+def test_greedy_equals_full_forwards(model):
+  prompt = tokens(2, 5)
+  out = generate(model[0].apply, model[1], prompt, max_new_tokens=8)
+  np.testing.assert_array_equal(out.tokens, slowly(*model, prompt, 8))
+  np.testing.assert_array_equal(out.lengths, [8, 8])
+  assert len(np.unique(out.tokens)) > 3  # no constant that anything would match
+
+
+def test_a_padded_batch_equals_single_rows_on_either_side(model):
+  ids, lengths = tokens(3, 6), [6, 4, 1]
+  want = [slowly(*model, ids[i : i + 1, :n], 5)[0] for i, n in enumerate(lengths)]
+  for side in ("left", "right"):
+    out = generate(model[0].apply, model[1], *padded(ids, lengths, side), max_new_tokens=5)
+    np.testing.assert_array_equal(out.tokens, want)
+
+
+def test_rows_stop_at_their_stopping_token(model):
+  prompt = tokens(2, 5)
+  free = np.asarray(generate(model[0].apply, model[1], prompt, max_new_tokens=8).tokens)
+  stops = (int(free[0, 2]), VOCAB + 5)
+  out = generate(
+    model[0].apply, model[1], prompt, max_new_tokens=8, eos_token_id=stops, pad_token_id=42
+  )
+  for row in range(2):
+    hits = np.flatnonzero(free[row] == stops[0])
+    n = hits[0] + 1 if len(hits) else 8
+    assert out.lengths[row] == n
+    np.testing.assert_array_equal(out.tokens[row, :n], free[row, :n])
+    assert (out.tokens[row, n:] == 42).all()
+  assert out.lengths[0] <= 3
+
+
+def test_the_loop_ends_when_all_rows_have_stopped(model):
+  apply, params, prompt = model[0].apply, model[1], tokens(1, 5)
+  steps = []
+
+  def counted(*args, **kwargs):
+    jax.debug.callback(lambda: steps.append(1))
+    return apply(*args, **kwargs)
+
+  first = int(generate(apply, params, prompt, max_new_tokens=1).tokens[0, 0])
+  generate(
+    counted, params, prompt, max_new_tokens=50, eos_token_id=first
+  ).tokens.block_until_ready()
+  jax.effects_barrier()
+  assert len(steps) == 1
+
+
+def test_equal_shapes_compile_once(model):
+  prompt, before = tokens(2, 7), _generate._run._cache_size()
+  for seed in range(3):
+    sampling = dict(key=jax.random.key(seed), temperature=0.5 + seed, top_p=0.5 + seed / 10)
+    generate(model[0].apply, model[1], prompt + seed, max_new_tokens=4, **sampling)
+  assert _generate._run._cache_size() == before + 1
+
+
+def test_sampling_follows_the_key_and_the_temperature(model):
+  prompt = tokens(4, 5)
+  draw = lambda **options: np.asarray(  # noqa: E731
+    generate(model[0].apply, model[1], prompt, max_new_tokens=6, **options).tokens
+  )
+  a, b, c = (draw(key=jax.random.key(s), temperature=2.0) for s in (0, 0, 1))
+  np.testing.assert_array_equal(a, b)
+  assert (a != c).any()
+  greedy = draw()
+  np.testing.assert_array_equal(draw(key=jax.random.key(0), temperature=5.0, top_k=1), greedy)
+  np.testing.assert_array_equal(draw(key=jax.random.key(0), temperature=1e-4), greedy)
+
+
+def test_restrictions_in_closed_form():
+  logits = jnp.log(jnp.array([[0.05, 0.5, 0.15, 0.3], [0.4, 0.3, 0.2, 0.1]]))
+  kept = lambda *a: np.isfinite(restrict(logits, *a)).astype(int).tolist()  # noqa: E731
+  assert kept(2, None) == [[0, 1, 0, 1], [1, 1, 0, 0]]
+  assert kept(9, None) == [[1] * 4] * 2
+  assert kept(None, 0.45) == [[0, 1, 0, 0], [1, 1, 0, 0]]
+  assert kept(None, 0.85) == [[0, 1, 1, 1], [1, 1, 1, 0]]
+  # After top_k = 2 the first row is renormalised to 5/8, 3/8.
+  assert kept(2, 0.6) == [[0, 1, 0, 0], [1, 1, 0, 0]]
+
+
+def test_nodes_run_in_every_step(model):
+  module, params = model
+  prompt = tokens(2, 5)
+  method = pelt.lora(rank=2, targets=("query", "value"))
+  nodes = method.init(jax.random.key(0), params, pelt.sites(module, prompt))
+  nodes = jax.tree.map(lambda x: x + 0.2 if x.shape[-2:-1] == (2,) else x, nodes)
+  out = generate(pelt.bypass(module.apply), nodes, prompt, max_new_tokens=6)
+  np.testing.assert_array_equal(out.tokens, slowly(module, pelt.merge(nodes), prompt, 6))
+  assert (out.tokens != slowly(module, params, prompt, 6)).any()
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(input_ids=np.zeros(3, int)), r"input_ids must be \(B, T\) integers"),
+    (dict(input_ids=np.zeros((1, 3))), r"input_ids must be .* got float64"),
+    (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+    (dict(attention_mask=np.ones((2, 4))), r"attention_mask must be \(2, 3\)"),
+    (dict(attention_mask=np.array([[0, 0, 0], [1, 1, 1]])), r"all zero in rows \[0\]"),
+    (dict(temperature=-1.0), "temperature must not be negative"),
+    (dict(temperature=1.0), "pass key="),
+    (dict(top_k=3), "need temperature > 0"),
+    (dict(temperature=1.0, key=jax.random.key, top_k=0), "top_k must be at least 1, got 0"),
+    (dict(temperature=1.0, key=jax.random.key, top_p=1.5), r"top_p must be in \(0, 1\], got 1.5"),
+  ],
+)
+def test_bad_arguments_are_named(model, options, message):
+  if "key" in options:
+    options = options | {"key": options["key"](0)}
+  given = dict(input_ids=np.ones((2, 3), int), max_new_tokens=2) | options
+  with pytest.raises(ValueError, match=message):
+    generate(model[0].apply, model[1], given.pop("input_ids"), **given)
