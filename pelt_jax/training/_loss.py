@@ -42,7 +42,7 @@ def cross_entropy(
   logits = _run(apply, params, batch, key)
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   labels = batch["labels"]
-  valid = labels != IGNORE
+  valid = jnp.asarray(labels) != IGNORE
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(valid, labels, 0))
   predictions = jnp.argmax(logits, axis=-1)
   mean, weight = _mean(losses, valid)
@@ -68,7 +68,7 @@ def next_token(
     The mean, float32 at least, and `weight`, the number of targets.
   """
   losses = _run(apply, params, batch, key, labels=batch["labels"])
-  mean, weight = _mean(losses, batch["labels"] != IGNORE)
+  mean, weight = _mean(losses, jnp.asarray(batch["labels"]) != IGNORE)
   return mean, {"weight": weight}
 
 

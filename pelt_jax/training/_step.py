@@ -1,15 +1,15 @@
 """One optimizer step on the trainable part of params."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from pelt_jax._node import walk
 from pelt_jax._transform import Transform
-from pelt_jax._tree import partition, penalty, value_and_grad
+from pelt_jax._tree import partition, penalised, penalty, value_and_grad
 
 
 class State(NamedTuple):
@@ -72,7 +72,9 @@ def train_step(
   def init(params: Any) -> tuple[Any, Any, State]:
     trainable, frozen = partition(params)
     trainable = jax.tree.map(_master, trainable)
-    return trainable, frozen, State(tx.init(trainable), post.init(trainable) if post else ())
+    with _optax_dtypes():
+      optimizer = tx.init(trainable)
+    return trainable, frozen, State(optimizer, post.init(trainable) if post else ())
 
   # The sum rather than the mean over targets: sums of parts add up to the sum of the batch.
   def total(params: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,20 +91,21 @@ def train_step(
       (value, weight), grads = gradient(trainable, frozen, batch, key)
     else:
       value, weight, grads = _accumulated(gradient, trainable, frozen, batch, key, accumulate)
-    count = jnp.maximum(weight, jnp.ones_like(weight))  # no target: no gradient, not NaN
+    count = jnp.where(weight > 0, weight, jnp.ones_like(weight))  # no target: no gradient, not NaN
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     value = value / count
-    if any(hasattr(node, "penalty") for _, node in walk(trainable)):
+    if penalised(trainable):
       extra, push = value_and_grad(penalty)(trainable, frozen)
       value = value + extra.astype(value.dtype)
       grads = jax.tree.map(jnp.add, grads, push)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     metrics = {"loss": value, "grad_norm": norm, "weight": weight}
     if clip is not None:
       factor = jnp.minimum(1.0, clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
       grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-    updates, optimizer = tx.update(grads, state.optimizer, trainable)
-    new = optax.apply_updates(trainable, updates)
+    with _optax_dtypes():
+      updates, optimizer = tx.update(grads, state.optimizer, trainable)
+      new = optax.apply_updates(trainable, updates)
     after = state.post
     if post is not None:
       new, after = post.update(state.post, trainable, new, grads)
@@ -112,6 +115,13 @@ def train_step(
     return new, State(optimizer, after), metrics
 
   return TrainStep(init, step)
+
+
+@contextlib.contextmanager
+def _optax_dtypes() -> Iterator[None]:
+  # Optax's own arithmetic mixes dtypes (`decay**count`), which strict promotion refuses.
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
 
 
 def _learning_rates(state: Any) -> list[jax.Array]:

@@ -209,9 +209,7 @@ def test_real_tokenizers(stories, shared_data):
   tokenizer = training.load_tokenizer(stories)
   assert tokenizer.adds_bos and tokenizer.bos == 1
   examples = training.read(shared_data / "tinystories" / "tinystories.txt", "lm")
-  part = training.Examples(
-    "part", (training.Example(1, text=examples.examples[0].text[:5000]),)
-  )
+  part = training.Examples("part", (training.Example(1, text=examples.examples[0].text[:5000]),))
   data = training.encode(part, tokenizer, "lm", length=256, limit=512)
   joined = np.concatenate([row["labels"] for row in data.rows])
   assert tokenizer.decode(joined) == part.examples[0].text

@@ -1,0 +1,74 @@
+"""Models and files small enough for every test."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pelt_jax import models, training
+
+LLAMA = {
+  "model_type": "llama",
+  "vocab_size": 259,
+  "hidden_size": 16,
+  "intermediate_size": 24,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "max_position_embeddings": 64,
+  "tie_word_embeddings": True,
+}
+BERT = {
+  "model_type": "bert",
+  "vocab_size": 32,
+  "hidden_size": 16,
+  "intermediate_size": 24,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "max_position_embeddings": 24,
+  "type_vocab_size": 2,
+}
+WORDS = (
+  *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "plot", "Ada", "Oslo"),
+  *("in", "is", "the", "a", "very", "not", "##ly", ".", "went", "to", "sees", "dull", "fine"),
+)
+
+
+def llama(dtype=jnp.float32, seed=0):
+  """A random language model over bytes."""
+  model = models.from_config(LLAMA, dtype=dtype)
+  return model, model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+def text_rows(count=24, length=16):
+  """Rows of text for `llama`, packed where `length` allows."""
+  words = [" ".join(f"{i}{j}" for j in range(1 + i % 4)) for i in range(count)]
+  examples = tuple(training.Example(i + 1, text=word) for i, word in enumerate(words))
+  return training.encode(
+    training.Examples("text", examples), training.ByteTokenizer(), "lm", length=length
+  )
+
+
+def save_bert(folder, seed=0):
+  """A Hugging Face folder of a random BERT with a vocabulary of words."""
+  model = models.from_config(BERT, task="encoder").clone(pooler=True)
+  params = model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+  models.save_pretrained(folder, model, params)
+  (folder / "vocab.txt").write_text("\n".join(WORDS))
+  config = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+  config["do_lower_case"] = False
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return folder
+
+
+def leaves(tree):
+  """Arrays on the host."""
+  return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def equal(a, b):
+  """Whether two trees have the same arrays, bit for bit."""
+  a, b = leaves(a), leaves(b)
+  return len(a) == len(b) and all(
+    x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True)
+  )
