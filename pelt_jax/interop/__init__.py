@@ -1,0 +1,3 @@
+"""Adapter files of other projects, in and out."""
+
+from pelt_jax.interop import peft as peft

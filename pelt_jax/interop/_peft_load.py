@@ -1,0 +1,327 @@
+"""Reading LoRA folders that PEFT wrote."""
+
+import collections
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from pelt_jax._node import get_at, materialize, strip, update_at
+from pelt_jax._transform import box_names, like_box
+from pelt_jax.interop._peft_config import Config, complain
+from pelt_jax.interop._peft_export import CONFIG, HEADS, ORDER, PREFIX, TENSORS
+from pelt_jax.interop._places import LINEAR, TABLE, Place, is_tied, places
+from pelt_jax.models._safetensors import Entry, read_header
+from pelt_jax.nodes import Dropout, LoraWeight, Tuned
+
+_FACTOR = re.compile(r"(.+?)((?:\.base_layer)*)\.lora_(embedding_)?([AB])(?:\.weight)?")
+# Copies PEFT writes beside what counts: the frozen table of an adapted one, the biases of a saved
+# module as they were.
+_COPIES = re.compile(r".+\.(base_layer\.weight|original_module\..+|modules_to_save\..+)")
+
+
+class _Pair(NamedTuple):
+  """One LoRA in our orientation: a ([experts], in, r), b ([experts], r, out)."""
+
+  a: np.ndarray
+  b: np.ndarray
+  scaling: float
+  axes: str
+
+
+def load(
+  folder: str | os.PathLike,
+  model: Any,
+  base: Mapping,
+  *,
+  strict: bool = True,
+  parameter_order: Sequence[str] = ORDER,
+  transposed: Mapping[str, bool] | None = None,
+) -> dict:
+  """Params with the nodes of a PEFT LoRA folder over `base`; they train further.
+
+  Names of modules, ranks, alphas and saved modules follow PEFT's own rules. `modules_to_save` and
+  biases become `Tuned` leaves, `lora_dropout` a node's dropout. The layers of a scanned model are
+  stacked; missing ranks are filled with zeros on both sides, which stay zero in training.
+
+  Args:
+    folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+    model: the module that `base` belongs to.
+    base: plain params, possibly quantized, looped or scanned.
+    strict: raise for unknown fields, and for missing or unexpected tensors, instead of warning.
+    parameter_order: names of raw parameters (`target_parameters`) in the order in which a torch
+      module that has several registers them.
+    transposed: for raw parameters of experts, name -> whether torch's module says
+      `is_transposed` (E, in, out); only needed where shapes do not tell.
+
+  Returns:
+    Params with nodes.
+
+  Raises:
+    FileNotFoundError: if a file is missing.
+    ValueError: for a damaged file; for options that change the function and cannot be read; for
+      tensors that do not fit, each named with the shape expected.
+
+  Example:
+    >>> import tempfile, flax.linen as nn, jax, jax.numpy as jnp, pelt_jax as pelt
+    >>> model, x = nn.Sequential([nn.Dense(3)]), jnp.ones((2, 4))
+    >>> base = model.init(jax.random.key(0), x)["params"]
+    >>> method = pelt.lora(rank=2, alpha=6, targets="kernel")
+    >>> params = method.init(jax.random.key(1), base, pelt.sites(model, x))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   pelt.interop.peft.export(folder, params, model)
+    ...   again = pelt.interop.peft.load(folder, model, base)
+    >>> float(again["layers_0"]["kernel"].scaling)
+    3.0
+  """
+  folder = pathlib.Path(folder)
+  config = Config(folder / CONFIG, strict)
+  reader = _Reader(folder, config, model, base, tuple(parameter_order), dict(transposed or {}))
+  reader.read()
+  complain(reader.missing, f"{folder / TENSORS} lacks tensors", strict)
+  complain(reader.unexpected, f"{folder / TENSORS} has unexpected tensors", strict)
+  return update_at(base, {**reader.loras(), **reader.tuned()})
+
+
+class _Reader:
+  """Assigns the tensors of a file to the leaves of a base."""
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    config: Config,
+    model: Any,
+    base: Mapping,
+    order: tuple[str, ...],
+    transposed: dict[str, bool],
+  ):
+    self.config, self.model, self.base = config, model, base
+    self.order, self.transposed = order, transposed
+    self.places = places(model, base)
+    self.is_tied = is_tied(model, base)
+    self.file = folder / TENSORS
+    self.entries = _entries(self.file)
+    self.missing: list[str] = []
+    self.unexpected: list[str] = []
+    self.pairs: dict[Place, _Pair] = {}
+    self.whole: dict[Place, np.ndarray] = {}
+
+  def read(self) -> None:
+    factors: dict[str, dict[int, dict[str, str]]] = collections.defaultdict(dict)
+    plain: dict[str, str] = {}
+    for key in self.entries:
+      name = key.removeprefix(PREFIX)
+      if not key.startswith(PREFIX):
+        self.unexpected.append(key)
+      elif found := _FACTOR.fullmatch(name):
+        module, depth, _, side = found.groups()
+        factors[module].setdefault(depth.count("."), {})[side] = key
+      elif not _COPIES.fullmatch(name):
+        plain[name.replace(".base_layer.", ".")] = key
+    self._read_modules(factors)
+    self._read_parameters(factors)
+    if self.is_tied and self.config.tied:  # the same numbers again, under the head's name
+      factors.pop("lm_head", None)
+      plain.pop("lm_head.weight", None)
+    self._read_whole(plain)
+    left = [
+      key for depths in factors.values() for sides in depths.values() for key in sides.values()
+    ]
+    hint = "; this model's head is its table" if self.is_tied else ""
+    self.unexpected += [f"{k}{hint if '.lm_head.' in k else ''}" for k in (*left, *plain.values())]
+
+  def _read_modules(self, factors: dict) -> None:
+    targets = self.config.raw.get("target_modules")
+    hits = 0
+    for place in self.places.values():
+      if place.leaf not in (LINEAR, TABLE) or not self.config.targets(place):
+        continue
+      hits += 1
+      if place.leaf == TABLE and self.is_tied and not self.config.tied:
+        raise ValueError(
+          f"{self.file}: {place.module} is adapted for lookups alone, but in this model the head "
+          "reads the same table; make the adapter with ensure_weight_tying=True"
+        )
+      pair = self._pair(place, factors.get(place.module, {}).pop(0, {}), place.shape)
+      if pair is not None:
+        self.pairs[place] = _Pair(pair[0].T, pair[1].T, self._scaling(place.module), "io:ir,ro")
+    if targets and not hits:
+      raise ValueError(f"target_modules={targets!r} names no module of {type(self.model).__name__}")
+
+  def _scaling(self, name: str) -> float:
+    return self.config.scaling(name)
+
+  def _pair(self, place: Place, keys: dict[str, str], shape: tuple[int, ...], times: int = 1):
+    """A and B as stored, after their shapes were checked; None if they are missing."""
+    table = place.leaf == TABLE
+    name = place.module if place.leaf in (LINEAR, TABLE) else place.tensor
+    ends = ("lora_embedding_A", "lora_embedding_B") if table else ("lora_A.weight", "lora_B.weight")
+    absent = [
+      f"{PREFIX}{place.module}.{e}" for e, s in zip(ends, "AB", strict=True) if s not in keys
+    ]
+    if absent:
+      self.missing += absent
+      return None
+    rank = self.config.rank(name) * times
+    expected = {"A": (rank, shape[0]), "B": (shape[1], rank)}
+    return tuple(self._read(keys[s], expected[s]) for s in "AB")
+
+  def _read(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    if self.entries[key].shape != shape:
+      raise ValueError(
+        f"{self.file}: {key} has shape {self.entries[key].shape}, expected {shape} by the base "
+        "model and the ranks of the configuration"
+      )
+    return np.asarray(self.entries[key].read())
+
+  def _read_parameters(self, factors: dict) -> None:
+    beside = collections.defaultdict(list)
+    for place in self.places.values():
+      if place.leaf not in (LINEAR, TABLE) and self.config.targets_parameter(place):
+        beside[place.module].append(place)
+    for module, at in beside.items():
+      if len(at) > 1 and (unknown := [p.name for p in at if p.name not in self.order]):
+        raise ValueError(
+          f"several parameters of {module} are adapted; parameter_order must name {unknown} in the "
+          "order in which the torch module registers them"
+        )
+      at.sort(key=lambda p: self.order.index(p.name) if p.name in self.order else 0)
+      for i, place in enumerate(at):
+        keys = factors.get(module, {}).pop(len(at) - 1 - i, {})
+        self._parameter(place, keys)
+
+  def _parameter(self, place: Place, keys: dict[str, str]) -> None:
+    if len(place.shape) not in (2, 3):
+      raise ValueError(f"{place.tensor} has {len(place.shape)} axes; LoRA needs 2, or 3 of experts")
+    experts = place.shape[0] if len(place.shape) == 3 else 1
+    one, two = place.shape[-2:]
+    in_first = len(place.shape) == 3 and self._in_first(place, keys, one, two)
+    shape = (one, two) if in_first else (two, one)
+    pair = self._pair(place, keys, shape, times=experts)
+    if pair is None:
+      return
+    a, b = pair
+    scaling = self._scaling(place.tensor)
+    if len(place.shape) == 2:
+      self.pairs[place] = _Pair(a.T, b.T, scaling, "oi:ir,ro")
+      return
+    rank = a.shape[0] // experts
+    a = np.swapaxes(a.reshape(experts, rank, -1), 1, 2)
+    b = b.reshape(-1, rank, experts).transpose(2, 1, 0)
+    axes = "eio:eir,ero" if in_first else "eoi:eir,ero"
+    self.pairs[place] = _Pair(a, b, scaling, axes)
+
+  def _in_first(self, place: Place, keys: dict[str, str], one: int, two: int) -> bool:
+    said = [v for k, v in self.transposed.items() if f".{place.tensor}".endswith(f".{k}")]
+    if said:
+      return said[0]
+    if one == two:
+      raise ValueError(
+        f"{place.tensor} of shape {place.shape}: shapes do not tell whether torch's module says "
+        f"is_transposed; pass transposed={{{place.name!r}: True or False}}"
+      )
+    return "A" in keys and self.entries[keys["A"]].shape[1] == one
+
+  def _read_whole(self, plain: dict[str, str]) -> None:
+    """Trained leaves: saved modules, and biases."""
+    used = set()
+    adapted = {p.module for p in self.pairs}
+    for place in self.places.values():
+      entry = self.config.saves(place.module)
+      mode = self.config.bias
+      bias = place.name == "bias" and (
+        mode == "all" or (mode == "lora_only" and place.module in adapted)
+      )
+      if entry is None and not bias:
+        continue
+      used.add(entry)
+      key = plain.pop(place.tensor, None)
+      if key is None:
+        self.missing.append(PREFIX + place.tensor)
+        continue
+      value = self._read(key, place.shape[::-1] if place.leaf == LINEAR else place.shape)
+      self.whole[place] = value.T if place.leaf == LINEAR else value
+    # PEFT lists both names of classification heads, of which a model has one.
+    absent = set(self.config.modules_to_save) - used - set(HEADS)
+    self.missing += [f"modules_to_save: no module {name!r} in the base" for name in sorted(absent)]
+
+  def loras(self) -> dict[str, LoraWeight]:
+    """The LoRA nodes, by path."""
+    by_path: dict[str, dict[int | None, _Pair]] = collections.defaultdict(dict)
+    for place, pair in self.pairs.items():
+      by_path[place.path][place.layer] = pair
+    return {path: self._node(path, pairs) for path, pairs in by_path.items()}
+
+  def _node(self, path: str, pairs: dict[int | None, _Pair]) -> LoraWeight:
+    leaf = get_at(self.base, path)
+    axes = next(iter(pairs.values())).axes
+    if None in pairs:
+      a, b, scaling = pairs[None].a, pairs[None].b, pairs[None].scaling
+      layer = None
+    else:
+      a, b, scaling = _stacked(pairs, leaf.shape[0])
+      layer = jnp.arange(leaf.shape[0], dtype=jnp.float32)
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    rate = self.config.dropout if path.endswith(f"/{LINEAR}") else 0.0
+    lead = () if layer is None else (leaf.shape[0],)
+    dropout = Dropout(jnp.full(lead, rate, wide), layer, stacked=len(lead)) if rate else None
+    names = dict(zip(axes.partition(":")[0], box_names(leaf, leaf.ndim)[len(lead) :], strict=True))
+    factor_axes = axes.partition(":")[2].split(",")
+    boxed = [
+      like_box(leaf, jnp.asarray(x), (*[None] * len(lead), *map(names.get, letters)))
+      for x, letters in zip((a, b), factor_axes, strict=True)
+    ]
+    return LoraWeight(
+      leaf, *boxed, jnp.asarray(scaling, wide), dropout, axes=axes, stacked=len(lead)
+    )
+
+  def tuned(self) -> dict[str, Tuned]:
+    """The trained leaves, by path; layers of a scan that the file lacks keep the base's values."""
+    by_path: dict[str, dict[int | None, np.ndarray]] = collections.defaultdict(dict)
+    for place, value in self.whole.items():
+      by_path[place.path][place.layer] = value
+    nodes = {}
+    for path, layers in by_path.items():
+      leaf = get_at(self.base, path)
+      below = strip(materialize(leaf))
+      if None in layers:
+        value = layers[None]
+      else:
+        rows = {None: np.asarray(below)} if len(layers) < below.shape[0] else {}
+        value = np.stack(
+          [layers[i] if i in layers else rows[None][i] for i in range(below.shape[0])]
+        )
+      value = jnp.asarray(value, below.dtype)
+      nodes[path] = Tuned(
+        like_box(leaf, value, box_names(leaf, value.ndim)), stacked=self._lead(layers)
+      )
+    return nodes
+
+  @staticmethod
+  def _lead(layers: dict[int | None, np.ndarray]) -> int:
+    return 0 if None in layers else 1
+
+
+def _stacked(pairs: dict, length: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
+  """One array for all layers, zeros where a layer has a lower rank or no pair at all."""
+  some = next(iter(pairs.values()))
+  rank = max(p.a.shape[-1] for p in pairs.values())
+  a = np.zeros((length, *some.a.shape[:-1], rank), some.a.dtype)
+  b = np.zeros((length, *some.b.shape[:-2], rank, some.b.shape[-1]), some.b.dtype)
+  scaling = [1.0] * length
+  for i, pair in pairs.items():
+    a[i, ..., : pair.a.shape[-1]] = pair.a
+    b[i, ..., : pair.b.shape[-2], :] = pair.b
+    scaling[i] = pair.scaling
+  return a, b, scaling
+
+
+def _entries(file: pathlib.Path) -> dict[str, Entry]:
+  if not file.is_file():
+    other = [p.name for p in file.parent.glob("adapter_model*")]
+    raise FileNotFoundError(f"{file} is missing (found: {other}); only safetensors are read")
+  return read_header(file)

@@ -1,0 +1,82 @@
+"""How the leaves of params and the tensors of a torch model name each other."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pelt_jax._node import Node, Weight, strip, walk
+from pelt_jax.models import torch_name
+
+LINEAR, TABLE = "kernel", "embedding"
+
+
+class Place(NamedTuple):
+  """One torch tensor.
+
+  Attributes:
+    path: the leaf's path in params.
+    layer: index on the leaf's layer axis, None if the leaf is not scanned.
+    module: the torch module's name, dots between components.
+    name: the tensor's name in that module (`weight`, `bias`, ...).
+    shape: shape of our leaf for this layer: a kernel is (in, out) where torch has (out, in).
+  """
+
+  path: str
+  layer: int | None
+  module: str
+  name: str
+  shape: tuple[int, ...]
+
+  @property
+  def leaf(self) -> str:
+    """The leaf's own name, such as `kernel`."""
+    return self.path.rpartition("/")[2]
+
+  @property
+  def tensor(self) -> str:
+    """The torch tensor's full name."""
+    return f"{self.module}.{self.name}" if self.module else self.name
+
+
+def places(model: Any, params: Mapping) -> dict[str, Place]:
+  """Every leaf of params by its torch tensor's name, layer by layer where layers are scanned.
+
+  Bypass nodes and generators stand for no tensor and are left out.
+  """
+  found = {}
+  for path, value in walk(params):
+    if isinstance(value, Node) and not isinstance(value, Weight):
+      continue
+    shape = tuple(value.shape if isinstance(value, Weight) else strip(value).shape)
+    stack = scanned(model, path)
+    for layer in [None] if stack is None else range(stack[1]):
+      looped = path if layer is None else f"{stack[0]}/{layer}{path[len(stack[0]) :]}"
+      module, _, name = torch_name(looped).rpartition(".")
+      place = Place(path, layer, module, name, shape if layer is None else shape[1:])
+      found[place.tensor] = place
+  return found
+
+
+def scanned(model: Any, path: str) -> tuple[str, int] | None:
+  """Path and length of the scanned stack that a leaf belongs to."""
+  if not getattr(model, "scan", False):
+    return None
+  stack, length = model.stack
+  return (stack, length) if path.startswith(f"{stack}/") else None
+
+
+def is_tied(model: Any, params: Mapping) -> bool:
+  """Whether the output head is the embedding table itself."""
+  causal = getattr(model, "architecture", "").endswith("ForCausalLM")
+  return causal and "lm_head" not in params and bool(model.config.tie_word_embeddings)
+
+
+def task_type(model: Any) -> str | None:
+  """PEFT's name of the model's task, None for a model that does not tell."""
+  architecture = getattr(model, "architecture", "")
+  suffixes = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "Model": "FEATURE_EXTRACTION",
+  }
+  return next((task for suffix, task in suffixes.items() if architecture.endswith(suffix)), None)
