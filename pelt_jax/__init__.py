@@ -1,6 +1,9 @@
 """Parameter-efficient fine-tuning of Flax models: every method a pure transform of the params."""
 
+from pelt_jax import interop as interop
+from pelt_jax import models as models
 from pelt_jax import nodes as nodes
+from pelt_jax import training as training
 from pelt_jax._linen import bypass as bypass
 from pelt_jax._linen import sites as sites
 from pelt_jax._node import unbox as unbox

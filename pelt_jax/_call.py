@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 _TRAIN_NAMES = (
   ("deterministic", True),
@@ -242,7 +243,7 @@ class Call:
       raise ValueError(
         f"rows has shape {jnp.shape(rows)}; the batch at {self.path!r} needs ({batch},)"
       )
-    if not isinstance(rows, jax.core.Tracer):
+    if not isinstance(rows, Tracer):
       low, high = (int(f(np.asarray(rows))) for f in (np.min, np.max))
       if low < 0 or high >= count:
         raise ValueError(

@@ -203,7 +203,7 @@ def _setup(context: Context, module: Any, next_fun: Callable, args: tuple, kwarg
     context.in_setup = before
 
 
-def _again(next_fun: Callable, module: nn.Module) -> Callable:
+def _again(next_fun: Callable, module: Any) -> Callable:
   """`next_fun`, callable any number of times inside one compact call.
 
   Flax itself does this when a compact method returns: names reserved so far are freed.
@@ -268,13 +268,13 @@ class Leaf:
     return materialize(self.value)
 
 
-def _stream(module: nn.Module, name: str) -> jax.Array | None:
+def _stream(module: Any, name: str) -> jax.Array | None:
   """The key of a random stream; its counter is not advanced, so the base model stays the same."""
   found = module.scope.rngs.get(name)
   return None if found is None else found.as_jax_rng()
 
 
-def _sow(module: nn.Module, name: str, value: jax.Array) -> None:
+def _sow(module: Any, name: str, value: jax.Array) -> None:
   if not module.scope.is_mutable_collection("intermediates"):
     raise ValueError(
       f"record={name!r}: {'/'.join(module.scope.path)!r} runs inside a scan or map that does not "

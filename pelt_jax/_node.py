@@ -31,8 +31,8 @@ REGISTRY: dict[str, type["Node"]] = {}  # class name -> class, for files; never 
 _KINDS = ("base", "derived", "own", "extra", "static")
 
 
-def _declared(kind: str, default: Any, kw_only: bool = False) -> Any:
-  return dataclasses.field(default=default, metadata={"kind": kind}, kw_only=kw_only)
+def _declared(kind: str, default: Any) -> Any:
+  return dataclasses.field(default=default, metadata={"kind": kind})
 
 
 def base(default: Any = None) -> Any:
@@ -55,12 +55,13 @@ def extra(default: Any = None) -> Any:
   return _declared("extra", default)
 
 
-def static(default: Any = None, kw_only: bool = False) -> Any:
+def static(default: Any = None) -> Any:
   """Declares a value that shapes the program (part of the tree's structure)."""
-  return _declared("static", default, kw_only)
+  return _declared("static", default)
 
 
 @dataclass_transform(field_specifiers=(base, derived, own, extra, static), frozen_default=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Node(meta.AxisMetadata):
   """A pytree inside the params. Subclassing makes a frozen dataclass and registers it.
 
@@ -69,8 +70,9 @@ class Node(meta.AxisMetadata):
     stacked: how many leading axes every array field has from scan or vmap, at this moment.
   """
 
-  group: str | None = static("trainable", kw_only=True)
-  stacked: int = static(0, kw_only=True)
+  _: dataclasses.KW_ONLY
+  group: str | None = static("trainable")
+  stacked: int = static(0)
 
   kinds: ClassVar[dict[str, str]] = {}
 
@@ -109,6 +111,14 @@ class Node(meta.AxisMetadata):
         f"a node class named {cls.__name__} exists already; files name nodes by class"
       )
     REGISTRY[cls.__name__] = cls
+
+  def rebuild(self, source: Any) -> Self:
+    """The node with its `derived` arrays made again from the base leaf."""
+    raise NotImplementedError(f"{type(self).__name__} has derived fields and no rebuild(source)")
+
+  def penalty(self) -> jax.Array:
+    """A regulariser to add to the loss, its weight included; zero unless a class has one."""
+    return jnp.zeros((), jnp.float32)
 
   def replace(self, **changes: Any) -> Self:
     """A copy with some fields changed."""
@@ -176,9 +186,6 @@ class Node(meta.AxisMetadata):
     fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
     shown = ", ".join(f"{n}={show(v)}" for n, v in fields)
     return f"{type(self).__name__}({shown})"
-
-
-dataclasses.dataclass(frozen=True, eq=False, repr=False)(Node)
 
 
 class Weight(Node):
@@ -311,6 +318,15 @@ def walk(params: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
       yield from walk(value, (*path, str(key)))
   else:
     yield "/".join(path), params
+
+
+def every_node(tree: Any) -> Iterator[Node]:
+  """All nodes of a tree, those inside other nodes too."""
+  for value in jax.tree.leaves(tree, is_leaf=is_node):
+    if isinstance(value, Node):
+      yield value
+      for _, below in value.children():
+        yield from every_node(below)
 
 
 def update_at(params: Any, changes: Mapping[str, Any]) -> dict:

@@ -161,7 +161,8 @@ def _norm(kind: str, module: Any, leaves: dict, x: jax.Array, mask: Any = None) 
   if any(a not in (-1, (-1,), [-1]) for a in axes) or not module.force_float32_reductions:
     return NotImplemented
   extra = {"use_mean": False} if kind == "rms" else {}
-  mean, var = normalization._compute_stats(
+  stats: Any = normalization._compute_stats  # its annotations are narrower than what it returns
+  mean, var = stats(
     x,
     module.reduction_axes,
     module.dtype,

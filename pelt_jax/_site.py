@@ -97,14 +97,10 @@ def matches(pattern: str, path: str) -> bool:
 
 def with_roles(sites: Iterable[Site], roles: Roles | None) -> tuple[Site, ...]:
   """Attaches to every call site the roles whose patterns match it, to every leaf its module's."""
+  entries = [(role, Role(*entry)) for role, some in (roles or {}).items() for entry in some]
 
   def served(path: str) -> tuple[Served, ...]:
-    return tuple(
-      Served(role, entry.placement, entry.tap)
-      for role, entries in (roles or {}).items()
-      for entry in (e if isinstance(e, Role) else Role(*e) for e in entries)
-      if matches(entry.pattern, path)
-    )
+    return tuple(Served(r, e.placement, e.tap) for r, e in entries if matches(e.pattern, path))
 
   return tuple(
     dataclasses.replace(s, roles=served(s.path) + (served(s.parent) if s.kind == "leaf" else ()))

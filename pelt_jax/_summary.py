@@ -5,7 +5,6 @@ import math
 import re
 from typing import Any
 
-
 from pelt_jax._node import Node, Weight, map_arrays, walk
 from pelt_jax._site import Site
 from pelt_jax._tree import _label, count
@@ -43,9 +42,9 @@ def summary(params: dict, sites: tuple[Site, ...] | None = None) -> None:
   total = count(params, sites)
   share = 100 * (total.trainable + (total.head or 0)) / max(total.total, 1)
   table = Table(title="Trainable additions", caption_justify="left")
-  for name, justify in (("path", "left"), ("node", "left"), ("leaf", "left"), ("sites", "right")):
-    table.add_column(name, justify=justify, overflow="fold")
-  for name in ("rank", "trainable"):
+  for name in ("path", "node", "leaf"):
+    table.add_column(name, overflow="fold")
+  for name in ("sites", "rank", "trainable"):
     table.add_column(name, justify="right")
   for (where, names, shape), row in rows.items():
     leaf = " x ".join(map(str, shape)) or "-"

@@ -16,6 +16,7 @@ from pelt_jax._node import (
   Bypass,
   Node,
   Weight,
+  every_node,
   map_arrays,
   strip,
   update_at,
@@ -213,8 +214,12 @@ def penalty(params: dict) -> jax.Array:
   Returns:
     A scalar to add to the loss.
   """
-  terms = [n.penalty() for _, n in walk(params) if isinstance(n, Node) and hasattr(n, "penalty")]
-  return sum(terms, jnp.zeros((), jnp.float32))
+  return sum((n.penalty() for n in penalised(params)), jnp.zeros((), jnp.float32))
+
+
+def penalised(tree: Any) -> list[Node]:
+  """The nodes of a tree whose class has a regulariser."""
+  return [n for n in every_node(tree) if type(n).penalty is not Node.penalty]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,9 +282,15 @@ def count(params: dict, sites: tuple[Site, ...] | None = None) -> Count:
         rank = max(rank, value.rank())
     elif not isinstance(value, Node):
       found["total"] += math.prod(jnp.shape(strip(value)))
-  keys = ("trainable", "stored", "changed")
-  head = found["head"] if sites is not None else None
-  return Count(*(found[k] for k in keys), rank, head, found["total"], found["bytes"])
+  return Count(
+    trainable=found["trainable"],
+    stored=found["stored"],
+    changed=found["changed"],
+    rank=rank,
+    head=found["head"] if sites is not None else None,
+    total=found["total"],
+    bytes=found["bytes"],
+  )
 
 
 def shardings(

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Bypass, Node, own, static
+from pelt_jax._node import Branch, Bypass, own, static
 
 
 class After(Bypass):
@@ -91,8 +91,8 @@ class Prefix(Bypass):
     shape = (k.shape[0], *own_k.shape[-3:])
     own_k, own_v = (jnp.broadcast_to(jnp.asarray(x, k.dtype), shape) for x in (own_k, own_v))
     if self.gate is not None:
-      gate = self.gate
-      gate = gate(call, call.tap(self.tap))[..., None] if isinstance(gate, Node) else gate
+      gate: Any = self.gate
+      gate = gate(call, call.tap(self.tap))[..., None] if isinstance(gate, Branch) else gate
       gate = jnp.asarray(gate, k.dtype)
       own_k, own_v = own_k * gate, own_v * gate
     front = [(shape[1], 0)]
