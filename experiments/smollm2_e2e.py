@@ -63,7 +63,7 @@ def write_texts(apply, params, tokenizer, ids: list[list[int]]) -> list[list[int
 def train(args: argparse.Namespace) -> None:
   out, data = pathlib.Path(args.out), pathlib.Path(args.data)
   out.mkdir(parents=True, exist_ok=True)
-  for name, limit in (("train", None), ("dev", 400)):
+  for name, limit in (("train", None), ("dev", 96)):
     rows = chat(data / f"{name}set.csv", limit)
     (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   general = ["--general", args.general] if args.general else []
