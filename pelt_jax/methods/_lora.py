@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pelt_jax._node import Weight, strip, update_at
 from pelt_jax._site import Site, Target, Targets, find, matches
@@ -145,7 +146,7 @@ def _numbers(leaf: Any, dtype: Any) -> tuple[Any, Any]:
   dtype = jnp.dtype(dtype or (leaf.dtype if isinstance(leaf, Weight) else strip(leaf).dtype))
   if not jnp.issubdtype(dtype, jnp.floating):
     dtype = jnp.dtype(jnp.float32)
-  return dtype, jnp.promote_types(dtype, jnp.float32)
+  return dtype, np.promote_types(dtype, jnp.float32)
 
 
 def _dropout(site: Site, rate: float, dtype: Any) -> Dropout | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pelt_jax._node import Node, Weight, base, extra, materialize, own, product, static, table_rows
 
@@ -90,7 +91,7 @@ class LoraWeight(Weight):
   def _delta(self) -> jax.Array:
     """The change, scaling * a @ b, in at least float32, with stacked axes."""
     kernel, a, b = _subscripts(self.axes)
-    dtype = jnp.promote_types(self.array("a").dtype, jnp.float32)
+    dtype = np.promote_types(self.array("a").dtype, jnp.float32)
     left, right = (jnp.asarray(self.array(n), dtype) for n in "ab")
     delta = jnp.einsum(f"...{a},...{b}->...{kernel}", left, right, precision="highest")
     scaling = jnp.asarray(self.scaling, dtype)
@@ -136,7 +137,7 @@ class FusedLora(Weight):
 
   def materialize(self) -> jax.Array:
     whole = materialize(self.base)
-    dtype = jnp.promote_types(self.array("a").dtype, jnp.float32)
+    dtype = np.promote_types(self.array("a").dtype, jnp.float32)
     a, b = (jnp.asarray(self.array(n), dtype) for n in "ab")
     scaling = jnp.asarray(self.scaling, dtype)
     delta = jnp.einsum("...gir,...gro->...igo", a, b, precision="highest")
