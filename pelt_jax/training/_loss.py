@@ -40,7 +40,8 @@ def cross_entropy(
     The mean, float32 at least, and `weight`, `correct` (counts) and `predictions`.
   """
   logits = _run(apply, params, batch, key)
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  if logits.dtype != jnp.float64:
+    logits = logits.astype(jnp.float32)
   labels = batch["labels"]
   valid = jnp.asarray(labels) != IGNORE
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(valid, labels, 0))

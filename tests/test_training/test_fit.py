@@ -14,7 +14,7 @@ from tests.test_training import tiny
 def setup(rate=1e-2, method=None, dropout=0.0, seed=0):
   model, params = tiny.llama()
   sites = pelt.sites(model, jnp.zeros((1, 4), jnp.int32))
-  method = method or pelt.lora(rank=2, targets="all-linear", dropout=dropout)
+  method = method or pelt.lora(rank=2, targets="query", dropout=dropout)
   params = method.init(jax.random.key(1), params, sites)
   apply = pelt.bypass(model.apply)
   train = training.train_step(apply, training.next_token, optax.adam(rate), method, clip=1.0)

@@ -110,15 +110,19 @@ def test_trained_halves_become_float32(dtype):
 
 def lora_params(model, params, key=3):
   sites = pelt.sites(model, jnp.zeros((1, 4), jnp.int32))
-  return pelt.lora(rank=2, targets=("query", "ffn_out")).init(jax.random.key(key), params, sites)
+  method = pelt.lora(rank=2, targets=("query", "ffn_out"))
+  params = method.init(jax.random.key(key), params, sites)
+  # b = 0 would leave a without a gradient.
+  return jax.tree.map(lambda x: x + jnp.asarray(0.01, x.dtype), params)
 
 
 def test_parts_of_a_batch_add_up_to_the_batch():
-  """Sums over sums of counts: rows have 1 to 11 targets here, so means of means differ."""
+  """Sums over sums of counts: rows differ in their targets, so means of means differ."""
   with jax.enable_x64(True):
     model, params = tiny.llama(jnp.float64)
-    params = lora_params(model, params)
-    _, batch = next(training.batches(tiny.text_rows(8, 64), 8))
+    with jax.numpy_dtype_promotion("standard"):
+      params = lora_params(model, params)
+    _, batch = next(training.batches(tiny.text_rows(8, 8), 8))
     key = jax.random.key(0)
     results = []
     for parts in (1, 2, 8):
@@ -155,6 +159,17 @@ def test_adam_keeps_moments_of_what_trains_alone():
   assert step._cache_size() == 1
   assert tiny.equal(before, frozen)
   np.testing.assert_allclose(metrics["learning_rate"], 1e-3, rtol=1e-6)
+
+
+def test_weights_below_one_are_weights_too():
+  def light(*args):
+    loss, aux = squares(*args)
+    return loss, {"weight": aux["weight"] / 8}
+
+  train = training.train_step(product, light, optax.sgd(0.125), accumulate=2)
+  trainable, _, _, metrics = run(train, one_weight(1.0, 1.0))
+  assert float(metrics["loss"]) == 10.0
+  assert float(trainable["w"].value) == 1.0 - 1.25
 
 
 def test_a_batch_without_targets_changes_nothing():

@@ -23,7 +23,7 @@ BERT = {
   "vocab_size": 32,
   "hidden_size": 16,
   "intermediate_size": 24,
-  "num_hidden_layers": 2,
+  "num_hidden_layers": 1,
   "num_attention_heads": 2,
   "max_position_embeddings": 24,
   "type_vocab_size": 2,
@@ -57,6 +57,31 @@ def save_bert(folder, seed=0):
   (folder / "vocab.txt").write_text("\n".join(WORDS))
   config = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
   config["do_lower_case"] = False
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return folder
+
+
+CHAT_TEMPLATE = (
+  "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_llama(folder, seed=0):
+  """A Hugging Face folder of a random Llama whose tokenizer has no merges."""
+  import tokenizers
+
+  model, params = llama(seed=seed)
+  models.save_pretrained(folder, model, params)
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  specials = ["<|im_start|>", "<|im_end|>", "<pad>"]
+  vocabulary = {token: i for i, token in enumerate([*alphabet, *specials])}
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  backend.add_special_tokens(specials)
+  backend.save(str(folder / "tokenizer.json"))
+  config = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "chat_template": CHAT_TEMPLATE}
   (folder / "tokenizer_config.json").write_text(json.dumps(config))
   return folder
 

@@ -1,0 +1,307 @@
+"""The main job, end to end on tiny models."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import pelt_jax as pelt
+from pelt_jax import models, training
+from tests import support
+from tests.support import REPOSITORY
+from tests.test_training import tiny
+
+SENTIMENT = [("the film is very good .", "pos"), ("the plot is not good .", "neg")] * 8 + [
+  ("a fine film", "pos"),
+  ("a dull plot", "neg"),
+]
+ENTITIES = (
+  "Ada\tB-person\nwent\tO\nto\tO\nOslo\tB-place\n\nthe\tO\nfilm\tO\nsees\tO\nAda\tB-person\n"
+)
+CHAT = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+  return tiny.save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+  return tiny.save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def finetune(monkeypatch):
+  monkeypatch.syspath_prepend(str(REPOSITORY / "experiments"))
+  return importlib.import_module("finetune")
+
+
+def sentiment(folder, rows=SENTIMENT):
+  path = folder / "data.csv"
+  path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+  return path
+
+
+def arguments(tmp_path, model, data, task, **options):
+  options = {"steps": 4, "batch": 4, "out": tmp_path / "out", "train": data, "eval": data} | options
+  flags = [f for n, v in options.items() if v is not True for f in (f"--{n}", str(v))]
+  flags += [f"--{n}" for n, v in options.items() if v is True]
+  return ["--quiet", "--model", str(model), "--task", task, *flags]
+
+
+def check_report(report, out, metric, head):
+  assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+  assert {path.name for path in out.iterdir()} == {
+    *("adapter", "checkpoints", "report.json", "report.md", "loss.png"),
+  }
+  assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+  assert set(report) >= {
+    *("method", "model", "task", "seed", "steps", "metric", "forgetting", "parameters", "bytes"),
+    *("flops", "time", "loss", "versions"),
+  }
+  assert set(report["metric"]) == {"name", "higher_is_better", "before", "after"}
+  assert report["metric"]["name"] == metric
+  assert [step for step, _ in report["loss"]] == list(range(1, report["steps"] + 1))
+  assert all(math.isfinite(loss) for _, loss in report["loss"])
+  counts = report["parameters"]
+  assert set(counts) == {"trainable", "stored", "changed", "rank", "head", "total"}
+  assert counts["head"] == head
+  # Adam's two moments, and its counters.
+  expected = 2 * 4 * (counts["trainable"] + (head or 0))
+  assert expected <= report["bytes"]["optimizer"] < expected + 100
+  assert report["flops"]["step"] > report["flops"]["forward"] > 0
+  assert report["bytes"]["adapter"] > 4 * counts["trainable"]
+  assert report["time"]["total_s"] > report["time"]["compile_s"] > 0
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit", "lora"])
+def test_classification(finetune, bert, tmp_path, method):
+  data = sentiment(tmp_path)
+  argv = arguments(tmp_path, bert, data, "classification", method=method, steps=30, lr=0.02)
+  report = finetune.main(argv)
+  out = tmp_path / "out"
+  counts = report["parameters"]
+  check_report(report, out, "accuracy", counts["head"])
+  assert counts["head"] == 16 * 2 + 2
+  if method == "lora":  # rank 8, query and value of one layer of width 16
+    assert counts["trainable"] == 2 * 8 * (16 + 16)
+  assert report["scores"]["after"]["loss"] < report["scores"]["before"]["loss"]
+  assert json.loads((out / "adapter/labels.json").read_text()) == ["neg", "pos"]
+
+  # What was saved is what was scored.
+  model, base = models.from_pretrained(
+    bert, task="classification", num_labels=2, key=jax.random.key(0)
+  )
+  params = pelt.load(out / "adapter", base)
+  examples = training.read(data, "classification")
+  rows = training.encode(
+    examples, training.load_tokenizer(bert), "classification", labels=("neg", "pos")
+  )
+  scores = training.evaluate(pelt.bypass(model.apply), params, rows, 4)
+  assert scores["accuracy"] == report["metric"]["after"]
+
+
+def test_an_adapter_for_another_base_is_refused(finetune, bert, tmp_path):
+  finetune.main(arguments(tmp_path, bert, sentiment(tmp_path), "classification", steps=1))
+  (tmp_path / "other").mkdir()
+  other = tiny.save_bert(tmp_path / "other", seed=1)
+  _, base = models.from_pretrained(other, task="classification", num_labels=2)
+  with pytest.raises(ValueError, match="embeddings"):
+    pelt.load(tmp_path / "out/adapter", base)
+
+
+def test_tagging(finetune, bert, tmp_path):
+  data = tmp_path / "data.conll"
+  data.write_text(ENTITIES * 4)
+  report = finetune.main(
+    arguments(tmp_path, bert, data, "tagging", steps=40, lr=0.02, set="targets=all-linear")
+  )
+  check_report(report, tmp_path / "out", "entity_f1", 16 * 3 + 3)
+  assert report["metric"]["after"] > report["metric"]["before"]
+  labels = json.loads((tmp_path / "out/adapter/labels.json").read_text())
+  assert labels == ["B-person", "B-place", "O"]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_plain_text(finetune, llama, tmp_path, scan):
+  data = tmp_path / "data.txt"
+  data.write_text("the cat sat on the mat. " * 20)
+  general = tmp_path / "general.txt"
+  general.write_text("ZYXW " * 30)
+  options = {"length": 32, "steps": 20, "lr": 0.01, "general": general, "accumulate": 2}
+  options |= {"scan": True, "remat": True} if scan else {}
+  report = finetune.main(arguments(tmp_path, llama, data, "lm", **options))
+  check_report(report, tmp_path / "out", "loss", 0)
+  assert report["metric"]["after"] < report["metric"]["before"]
+  assert report["forgetting"]["after"] != report["forgetting"]["before"] > 0
+  scores = report["scores"]["after"]
+  assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
+  # One token a byte, and all but the first are predicted.
+  assert scores["bits_per_byte"] == pytest.approx(scores["loss"] / math.log(2))
+
+
+def test_chat(finetune, llama, tmp_path):
+  data = tmp_path / "chat.jsonl"
+  data.write_text((json.dumps({"messages": CHAT}) + "\n") * 6)
+  report = finetune.main(arguments(tmp_path, llama, data, "lm", steps=20, lr=0.01, length=64))
+  assert report["metric"]["after"] < report["metric"]["before"]
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(finetune, bert, tmp_path, monkeypatch):
+  data = sentiment(tmp_path)
+  options = {"steps": 8, "set": "dropout=0.2", "batch": 9}  # two batches an epoch
+  whole = finetune.main(
+    arguments(tmp_path, bert, data, "classification", **options | {"out": tmp_path / "whole"})
+  )
+  argv = arguments(tmp_path, bert, data, "classification", **options)
+  save, saves = training.Checkpoints.save, []
+
+  def interrupted(self, step, *args):
+    save(self, step, *args)
+    saves.append(step)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(training.Checkpoints, "save", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    finetune.main(argv)
+  monkeypatch.undo()
+  monkeypatch.syspath_prepend(str(REPOSITORY / "experiments"))
+  assert saves == [2]
+  with pytest.raises(ValueError, match="not empty: pass --resume to go on, or --overwrite"):
+    finetune.main(argv)
+  with pytest.raises(training.CheckpointMismatch, match=r"option lr: saved 0\.001, now 0\.5"):
+    finetune.main([*argv, "--resume", "--lr", "0.5"])
+  resumed = finetune.main([*argv, "--resume"])
+  assert resumed["loss"] == whole["loss"]
+  files = [sorted((tmp_path / name / "adapter").glob("*.safetensors")) for name in ("whole", "out")]
+  assert files[0][0].read_bytes() == files[1][0].read_bytes()
+
+
+def test_overwrite_removes_what_the_job_wrote_and_nothing_else(finetune, bert, tmp_path):
+  data, out = sentiment(tmp_path), tmp_path / "out"
+  argv = arguments(tmp_path, bert, data, "classification", steps=1)
+  (out / "adapter").mkdir(parents=True)
+  (out / "adapter/adapter.json").write_text("old")
+  (out / "notes.txt").write_text("mine")
+  finetune.main([*argv, "--overwrite"])
+  assert (out / "notes.txt").read_text() == "mine"
+  assert "old" not in (out / "adapter/adapter.json").read_text()
+
+
+BAD = [
+  ({"method": "lorra"}, "--method lorra: unknown; known are full, bitfit, lora"),
+  ({"set": "ranc=3"}, r"--set ranc: lora has no such option; it has rank=8, alpha=None"),
+  ({"set": "rank=big"}, "--set rank=big: expected int"),
+  ({"set": "rank=2.5"}, r"--set rank=2\.5: expected int"),
+  ({"set": "rank"}, "--set rank: expected KEY=VALUE"),
+  ({"set": "rank=0"}, "rank must be .* got 0"),
+  ({"set": "targets=nothing"}, "nothing"),
+  ({"steps": -1}, "--steps -1: expected a positive number"),
+  ({"epochs": 2}, "--steps and --epochs exclude"),
+  ({"length": 25}, "length=25: the model has 24 positions"),
+  ({"accumulate": 3}, "--accumulate 3 does not divide --batch 4"),
+  ({"mesh": "data=4096"}, "needs 4096 devices"),
+  ({"mesh": "dta=2"}, "got 'dta=2'"),
+  ({"general": "x.txt"}, "--general .*--task lm"),
+  ({"train": "absent.csv"}, r"absent\.csv: no such file"),
+  ({"model": "./absent"}, "absent"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_input_is_named_and_nothing_is_trained(finetune, bert, tmp_path, options, message):
+  model, options = options.get("model", bert), {k: v for k, v in options.items() if k != "model"}
+  argv = arguments(tmp_path, model, sentiment(tmp_path), "classification", **options)
+  with pytest.raises((ValueError, OSError), match=message):
+    finetune.main(argv)
+  assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+  ("rows", "message"),
+  [
+    ([("a film", "pos"), ("a plot", "other")], r"eval\.csv:3: label 'other' does not occur"),
+    ([("very " * 30, "pos")], r"eval\.csv:2: 32 tokens.* 24 positions.*--length 24"),
+    ([], r"eval\.csv: the file holds no examples"),
+  ],
+)
+def test_bad_rows_are_named(finetune, bert, tmp_path, rows, message):
+  data = sentiment(tmp_path)
+  wrong = tmp_path / "eval.csv"
+  wrong.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+  with pytest.raises(training.DataError, match=message):
+    finetune.main(arguments(tmp_path, bert, data, "classification", eval=wrong))
+
+
+def test_the_command_ends_with_one_line_about_the_error(tmp_path):
+  command = [sys.executable, "experiments/finetune.py", "--model", str(tmp_path)]
+  done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+  assert done.returncode == 1
+  assert done.stderr == "error: --train is missing: training needs a --train and an --eval file\n"
+
+
+MESH = """
+  import json, sys
+  sys.path.insert(0, "experiments")
+  import finetune
+  common = ["--quiet", "--model", {model!r}, "--task", "lm", "--train", {data!r}, "--eval", {data!r}]
+  common += ["--steps", "3", "--batch", "4", "--length", "32", "--lr", "0.01"]
+  common += ["--set", "targets=all-linear"]
+  for name in ("data=2,model=2", "fsdp=4", None):
+    flags = ["--mesh", name] if name else []
+    report = finetune.main([*common, *flags, "--out", {out!r} + "/" + str(name)])
+    print(json.dumps([report["loss"], report["metric"]["after"]]))
+"""
+
+
+@pytest.mark.parity
+def test_a_mesh_gives_the_losses_of_one_device(llama, tmp_path):
+  data = tmp_path / "data.txt"
+  data.write_text("the cat sat on the mat. " * 20)
+  code = MESH.format(model=str(llama), data=str(data), out=str(tmp_path))
+  *sharded, single = map(json.loads, support.on_devices(code, devices=4).splitlines())
+  for loss, after in sharded:
+    # float32 sums over 4 shards in another order, three steps deep
+    np.testing.assert_allclose(loss, single[0], rtol=1e-5)
+    np.testing.assert_allclose(after, single[1], rtol=1e-5)
+
+
+def test_options_take_the_types_of_the_signature(finetune):
+  read = lambda *settings: finetune.typed_options("lora", pelt.lora, list(settings))  # noqa: E731
+  assert read("targets=query,value", "alpha=16", "rslora=true", "layers=3") == {
+    "targets": ("query", "value"),
+    "alpha": 16.0,
+    "rslora": True,
+    "layers": (3,),
+  }
+  assert read("targets=all-linear", "alpha=none", "layers=(0, 2)") == {
+    "targets": "all-linear",
+    "alpha": None,
+    "layers": (0, 2),
+  }
+  assert read("rank_pattern={'query': 4}") == {"rank_pattern": {"query": 4}}
+  assert isinstance(read("alpha=16")["alpha"], float)
+
+
+def test_the_demo(finetune, tmp_path, monkeypatch):
+  """The demo's code paths; its model is made of a few steps here."""
+  demo = importlib.import_module("demo")
+  monkeypatch.setenv("PELT_JAX_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setattr(demo, "STEPS", 3)
+  monkeypatch.setattr(demo, "HELD_OUT", 2000)
+  monkeypatch.setitem(demo.CONFIG, "num_hidden_layers", 1)
+  monkeypatch.setitem(demo.CONFIG, "hidden_size", 16)
+  argv = ["--quiet", "--out", str(tmp_path / "out"), "--steps", "3"]
+  report = finetune.main(argv)
+  assert report["forgetting"]["before"] > 0
+  assert [text.startswith(finetune.PROMPT) for text in report["sample"]] == [True, True]
+  (made,) = (tmp_path / "cache").iterdir()
+  changed = (made / "model.safetensors").stat().st_mtime_ns
+  assert demo.folder(progress=False) == made
+  assert (made / "model.safetensors").stat().st_mtime_ns == changed
