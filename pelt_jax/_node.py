@@ -247,6 +247,20 @@ class Weight(Node):
   def unbox(self) -> jax.Array:
     return self.materialize()
 
+  # Some models reach round Flax for a leaf, `self.variables["params"]["wte"]["embedding"].T` for a
+  # tied head: they get the plain array, as they would from `self.param`.
+  def __jax_array__(self) -> jax.Array:
+    return self.materialize()
+
+  @property
+  def T(self) -> jax.Array:
+    """The plain array, transposed."""
+    return self.materialize().T
+
+  def astype(self, dtype: Any) -> jax.Array:
+    """The plain array in another dtype."""
+    return self.materialize().astype(dtype)
+
 
 class Bypass(Node):
   """A node under a module's path (key `bypass`): it wraps the module's call."""
@@ -375,13 +389,19 @@ def spread(value: jax.Array, like: Any) -> jax.Array:
   return value.reshape((1,) * (like.ndim - value.ndim) + value.shape)
 
 
+# Products of one matrix, and whether it lies as (in, out).
+_PLAIN = {"...i,io->...o": True, "...i,oi->...o": False, "...d,vd->...v": False}
+
+
 def contract(eq: str, x: jax.Array, w: Any, precision: Any = None) -> jax.Array:
   """`jnp.einsum(eq, x, w)` with `w` cast to `x.dtype`; a plain product runs on a 2-D `x`.
 
-  The 2-D form is the same product; XLA:CPU runs N-D products of a thin matrix much slower.
+  The 2-D form is the same product; XLA:CPU runs N-D products of a thin matrix much slower. A kernel
+  that lies the other way round is transposed, as `nn.Embed.attend` does: the same bits eagerly.
   """
   w = jnp.asarray(strip(w), x.dtype)
-  if eq == "...i,io->...o" and x.ndim > 2:
+  if eq in _PLAIN:
+    w = w if _PLAIN[eq] else w.T
     y = jnp.dot(x.reshape(-1, x.shape[-1]), w, precision=precision)
     return y.reshape(*x.shape[:-1], w.shape[-1])
   return jnp.einsum(eq, x, w, precision=precision)
