@@ -335,14 +335,41 @@ def _assemble(
       value = place(path, read[path]())
     else:
       value = stack_layers([place(n, read[n]()) for n in names], path)
-    _insert(out, path, value)
+    insert(out, path, value)
   return out
 
 
 def _load_with_transform(
   model: nn.Module, read: Mapping[str, Callable[[], np.ndarray]], transform: Any, key: jax.Array
 ) -> dict[str, Any]:
-  raise NotImplementedError
+  from pelt_jax.models._transformed import transformed
+
+  looped = model.clone(scan=False)
+  shapes: dict[str, Any] = {}
+  for path, leaf in flatten(abstract_params(looped)).items():
+    if path in read:
+      insert(shapes, path, leaf)
+  values = transformed(looped, shapes, read, transform, key)
+  out: dict[str, Any] = {}
+  stack, length = model.stack
+  paths = set(values.paths)
+  layers: dict[str, list[str]] = {}  # path in the result -> paths in the looped tree
+  for path in sorted(paths):
+    inside = re.fullmatch(re.escape(stack) + r"/(\d+)/(.*)", path) if model.scan else None
+    if inside is None:
+      layers[path] = [path]
+      continue
+    alike = [f"{stack}/{i}/{inside[2]}" for i in range(length)]
+    if missing := [p for p in alike if p not in paths]:
+      raise ValueError(
+        f"the transform makes {path!r} but not {missing[0]!r}; scanned layers must be alike. "
+        "Load with scan=False, or adapt all layers."
+      )
+    layers[f"{stack}/{inside[2]}"] = alike
+  for path, parts in layers.items():
+    made = [values.get(p) for p in parts]
+    insert(out, path, made[0] if parts == [path] else stack_layers(made, path))
+  return out
 
 
 def _looped_paths(model: nn.Module, path: str) -> list[str]:
@@ -365,7 +392,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return out
 
 
-def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
+def insert(tree: dict[str, Any], path: str, value: Any) -> None:
+  """Puts a value at a path of a nested dict, in place."""
   *heads, last = path.split("/")
   for k in heads:
     tree = tree.setdefault(k, {})

@@ -65,7 +65,7 @@ def test_half_precision_round_trip_and_widening(dtype, tmp_path):
 
 
 def test_sharded_checkpoints(tmp_path):
-  model, params = saved(tmp_path)
+  _, params = saved(tmp_path)
   tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
   (tmp_path / "model.safetensors").unlink()
   where = {}
@@ -129,7 +129,7 @@ def test_a_missing_head_is_drawn_from_the_key(tmp_path, caplog):
     tmp_path, task="classification", num_labels=6, scan=True, key=jax.random.key(seed)
   )
   (model, a), (_, b), (_, c) = load(0), load(0), load(1)
-  assert "lacks classifier.weight, classifier.bias: initialised afresh" in caplog.text
+  assert "lacks classifier.bias, classifier.weight: initialised afresh" in caplog.text
   same(a["bert"], trunk)
   same(a, b)
   kernel = np.asarray(a["classifier"]["kernel"])

@@ -1,0 +1,105 @@
+"""A transform applied to a checkpoint one tensor at a time.
+
+`transform.init` is traced once, on shapes alone. What it puts at one path depends on few of the
+inputs (a quantized kernel on that kernel), so each path's part of the program is cut out and run by
+itself: only the tensors that it needs are read, and nothing of it stays behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.extend import core
+
+
+class Values:
+  """The leaves and nodes of the transformed tree, computed when asked for.
+
+  Attributes:
+    paths: where `get` has something: leaves, nodes in their place, bypass nodes, generators.
+  """
+
+  def __init__(
+    self, closed: Any, inputs: list[Callable[[], Any]], paths: Mapping[str, Any]
+  ) -> None:
+    self._closed, self._inputs, self._numbers = closed, inputs, paths
+    self.paths = tuple(paths)
+
+  def get(self, path: str) -> Any:
+    """Computes what the transform puts at `path`."""
+    numbers, tree = jax.tree.flatten(self._numbers[path])
+    jaxpr = self._closed.jaxpr
+    wanted = [jaxpr.outvars[n] for n in numbers]
+    needed = {v for v in wanted if not isinstance(v, core.Literal)}
+    equations = []
+    for eqn in reversed(jaxpr.eqns):
+      if any(v in needed for v in eqn.outvars):
+        equations.append(eqn)
+        needed.update(v for v in eqn.invars if not isinstance(v, core.Literal))
+    known = dict(zip(jaxpr.constvars, self._closed.consts, strict=True))
+    known |= {v: read() for v, read in zip(jaxpr.invars, self._inputs, strict=True) if v in needed}
+
+    def value(v: Any) -> Any:
+      return jnp.asarray(v.val, v.aval.dtype) if isinstance(v, core.Literal) else known[v]
+
+    for eqn in reversed(equations):
+      out = _evaluate(eqn, [value(v) for v in eqn.invars])
+      known.update(zip(eqn.outvars, out, strict=True))
+    return jax.tree.unflatten(tree, [value(v) for v in wanted])
+
+
+def _evaluate(eqn: Any, operands: list[Any]) -> list[Any]:
+  with eqn.ctx.manager:
+    out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+  return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def transformed(
+  model: nn.Module,
+  shapes: Mapping[str, Any],
+  read: Mapping[str, Callable[[], np.ndarray]],
+  transform: Any,
+  key: jax.Array,
+) -> Values:
+  """Prepares `transform.init(key, params, sites)` for a looped model.
+
+  Args:
+    model: the looped model; its sites are those of two token ids.
+    shapes: the abstract parameters.
+    read: path -> a function that reads that tensor.
+    transform: a `Transform`.
+    key: random key.
+
+  Returns:
+    `Values`, which compute one path at a time.
+  """
+  from pelt_jax._linen import sites  # the models themselves know nothing of the backend
+
+  found = sites(model, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+  names = [
+    "/".join(str(k.key) for k in path)
+    for path, _ in jax.tree_util.tree_flatten_with_path(dict(shapes))[0]
+  ]
+  closed, out = jax.make_jaxpr(lambda k, p: transform.init(k, p, found), return_shape=True)(
+    key, dict(shapes)
+  )
+  inputs: list[Callable[[], Any]] = [lambda: key]
+  inputs += [lambda n=name: jnp.asarray(read[n]()) for name in names]
+  flat, tree = jax.tree.flatten(out)
+  numbered = jax.tree.unflatten(tree, list(range(len(flat))))
+  return Values(closed, inputs, _by_path(numbered, ""))
+
+
+def _by_path(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  out: dict[str, Any] = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      out |= _by_path(value, f"{prefix}{name}/")
+    else:
+      out[prefix + name] = value
+  return out
