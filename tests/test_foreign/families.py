@@ -53,35 +53,36 @@ def promotion():
     yield
 
 
-def make(
-  name: str, *, width: int = 16, layers: int = 3, length: int = 7, remat: bool = False
-) -> Foreign:
-  """A small model of a family with random weights and a batch whose second row is padded."""
-  tiny = dict(
+def module(name: str, *, width: int, layers: int, heads: int = 2, length: int, **kwargs: Any):
+  """The Linen module inside one of transformers' model classes."""
+  common = dict(
     vocab_size=31,
     hidden_size=width,
-    intermediate_size=2 * width,
     num_hidden_layers=layers,
-    num_attention_heads=2,
-    max_position_embeddings=max(16, length),
+    num_attention_heads=heads,
+    max_position_embeddings=length,
   )
-  ids = jax.random.randint(jax.random.key(0), (2, length), 0, 31)
-  mask = jnp.ones_like(ids).at[1, length - 2 :].set(0)
-  positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
+  wide = dict(intermediate_size=4 * width)
+  if name == "bert":
+    family, config = transformers.FlaxBertModel, transformers.BertConfig(**common, **wide)
+  elif name == "gpt2":
+    family, config = transformers.FlaxGPT2LMHeadModel, transformers.GPT2Config(**common)
+  else:
+    family, config = transformers.FlaxLlamaForCausalLM, transformers.LlamaConfig(**common, **wide)
+  return family(config, _do_init=False, **kwargs).module
+
+
+def make(name: str, *, width: int = 16, layers: int = 3, remat: bool = False) -> Foreign:
+  """A small model of a family with random weights and a batch whose second row is padded."""
+  kwargs = dict(gradient_checkpointing=True) if remat else {}
+  built = module(name, width=width, layers=layers, length=16, **kwargs)
+  ids = jax.random.randint(jax.random.key(0), (2, 7), 0, 31)
+  mask = jnp.ones_like(ids).at[1, 5:].set(0)
+  positions = jnp.broadcast_to(jnp.arange(7), ids.shape)
   args = (ids, mask, positions)
   if name == "bert":
-    config = transformers.BertConfig(**tiny)
-    model = transformers.FlaxBertModel(config, seed=0, gradient_checkpointing=remat)
     args = (ids, mask, jnp.zeros_like(ids), positions, None)
-  elif name == "gpt2":
-    config = transformers.GPT2Config(
-      vocab_size=31, n_embd=width, n_layer=layers, n_head=2, n_positions=max(16, length)
-    )
-    model = transformers.FlaxGPT2LMHeadModel(config, seed=0)
-  else:
-    config = transformers.LlamaConfig(**tiny, num_key_value_heads=2)
-    model = transformers.FlaxLlamaForCausalLM(config, seed=0)
-  return Foreign(model.module, model.params, args)
+  return Foreign(built, built.init(jax.random.key(1), *args)["params"], args)
 
 
 def moved(params: Any, by: float = 0.1) -> Any:
@@ -89,5 +90,7 @@ def moved(params: Any, by: float = 0.1) -> Any:
   trainable, frozen = pelt.partition(params)
   leaves, tree = jax.tree.flatten(trainable)
   keys = jax.random.split(jax.random.key(7), len(leaves))
-  noisy = [x + by * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)]
+  noisy = [
+    x + by * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)
+  ]
   return pelt.combine(jax.tree.unflatten(tree, noisy), frozen)

@@ -125,7 +125,7 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients(bert, name)
     )
     trainable, frozen = pelt.partition(families.moved(params))
     weights = drawn(9, 2, 7, WIDTH)
-    loss = lambda p, f=foreign: (f.out(p) * weights).sum()  # noqa: E731
+    loss = lambda p, f=foreign, w=weights: (f.out(p) * w).sum()  # noqa: E731
     results.append(pelt.value_and_grad(loss)(trainable, frozen))
   text = str(jax.make_jaxpr(lambda p: other.out(p))(pelt.combine(trainable, frozen)))
   assert text.count("remat") + text.count("checkpoint") >= LAYERS

@@ -80,7 +80,7 @@ def test_gradients_reach_the_nodes_and_nothing_else(case):
   # Not a sum of squares: BERT ends in a LayerNorm, which holds that constant.
   weights = jax.random.normal(jax.random.key(3), foreign.out(adapted).shape)
   loss = lambda params: (foreign.out(params) * weights).sum()  # noqa: E731
-  value, grads = pelt.value_and_grad(loss)(trainable, frozen)
+  _, grads = pelt.value_and_grad(loss)(trainable, frozen)
   assert jax.tree.structure(grads) == jax.tree.structure(trainable)
   names = {str(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(grads)}
   assert names <= {".a", ".b", ".value"}
