@@ -40,7 +40,12 @@ def test_quickstart_learns_and_writes_its_files(session):
   batch, key = names["batch"], jax.random.key(0)
   before = names["loss_fn"](names["method"].init(key, names["base"], names["sites"]), batch, key)
   assert names["loss_fn"](names["params"], batch, key) < before
-  for file in ("adapter", "merged/config.json", "merged/model.safetensors"):
+  for file in (
+    "adapter",
+    "merged/config.json",
+    "merged/model.safetensors",
+    "peft/adapter_config.json",
+  ):
     assert (folder / file).exists(), file
 
 
