@@ -252,7 +252,7 @@ def _header(
     return asked, rows
   names = [name.strip() for name in first]
   if asked:
-    renamed = dict(name.partition("=")[::2] for name in asked)
+    renamed = {field: name for field, _, name in (pair.partition("=") for pair in asked)}
     if unknown := [n for n in renamed if n not in FIELDS]:
       raise DataError(f"columns: unknown {unknown}; the fields are {', '.join(FIELDS)}")
     if missing := [n for n in renamed.values() if n not in names]:
