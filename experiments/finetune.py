@@ -33,7 +33,7 @@ from pelt_jax import models, training
 RATES = {
   "full": {"classification": 5e-5, "tagging": 5e-5, "lm": 5e-5},
   "bitfit": {"classification": 2e-3, "tagging": 2e-3, "lm": 1e-3},
-  "lora": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4},
+  "lora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4},
 }
 OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4}
 METHODS = (  # those that this version has

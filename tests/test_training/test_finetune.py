@@ -177,7 +177,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finetune, bert, tmp_path, monkey
   assert saves == [2]
   with pytest.raises(ValueError, match="not empty: pass --resume to go on, or --overwrite"):
     finetune.main(argv)
-  with pytest.raises(training.CheckpointMismatch, match=r"option lr: saved 0\.001, now 0\.5"):
+  with pytest.raises(training.CheckpointMismatch, match=r"option lr: saved 0\.002, now 0\.5"):
     finetune.main([*argv, "--resume", "--lr", "0.5"])
   resumed = finetune.main([*argv, "--resume"])
   assert resumed["loss"] == whole["loss"]
