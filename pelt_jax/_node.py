@@ -152,6 +152,14 @@ class Node(meta.AxisMetadata):
 
     return self.replace(**{n: of(n, v) for n, v in self.children()})
 
+  def get_partition_spec(self) -> Self:
+    """The node holding a `PartitionSpec` per array: its box's, or P() without a box."""
+    return self.replace(**{n: meta.get_partition_spec(v) for n, v in self.children()})
+
+  def get_sharding(self, mesh: jax.sharding.Mesh) -> Self:
+    """The node holding a `NamedSharding` per array, as `get_partition_spec`."""
+    return self.replace(**{n: meta.get_sharding(v, mesh) for n, v in self.children()})
+
   # What Flax asks of a box: scans move `stacked`, boxes inside follow.
   def unbox(self) -> Any:
     return self

@@ -19,6 +19,7 @@ from pelt_jax._node import (
   every_node,
   map_arrays,
   strip,
+  unbox,
   update_at,
   walk,
 )
@@ -318,12 +319,13 @@ def shardings(
   known = dict(walk(base_specs))
 
   def of(path: str, value: Any) -> Any:
+    value = unbox(value)  # one sharding in place of each box: it serves the array inside
     if isinstance(value, Node) and not isinstance(value, Weight):
       spec = P(*(None,) * value.stacked)
       return _fitted(value, value.specs(tuple(spec), tuple(spec)), mesh)
     if path not in known:
       raise ValueError(f"base_specs has no PartitionSpec for {path!r}; give P() to replicate it")
-    ndim = value.ndim if isinstance(value, Weight) else jnp.ndim(strip(value))
+    ndim = value.ndim if isinstance(value, Weight) else jnp.ndim(value)
     spec = (*known[path], *(None,) * (ndim - len(known[path])))
     if not isinstance(value, Weight):
       return _fitted(value, P(*spec), mesh)

@@ -211,10 +211,11 @@ def _fused(site, leaf, key, rank, scaling, dropout, init, dtype, group, fused) -
   dtype, wide = _numbers(leaf, dtype)
   a = _drawn(key, (*site.stacked, len(chosen), n_in, rank), n_in, rank, init, dtype)
   b = jnp.zeros((*site.stacked, len(chosen), rank, width // parts), dtype)
+  *lead, first, second = box_names(leaf, len(site.stacked) + 2)
   return FusedLora(
     leaf,
-    a,
-    b,
+    like_box(leaf, a, (*lead, None, first if axis else second, None)),
+    like_box(leaf, b, (*lead, None, None, None)),  # shards of the fused axis cross its parts
     jnp.full(site.stacked, scaling, wide),
     _dropout(site, dropout, wide),
     chosen=chosen,

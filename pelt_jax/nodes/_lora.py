@@ -145,6 +145,11 @@ class FusedLora(Weight):
     delta = delta if self.fused == 1 else jnp.swapaxes(delta, -1, -2)
     return jnp.asarray(jnp.asarray(whole, dtype) + delta, whole.dtype)
 
+  def specs(self, spec: tuple, tensor: tuple) -> "FusedLora":
+    *lead, first, second = tensor
+    a = jax.sharding.PartitionSpec(*lead, None, first if self.fused else second, None)
+    return super().specs(spec, tensor).replace(a=a)
+
   def rank(self) -> int:
     return min(len(self.chosen) * self.array("b").shape[-2], *self.shape[-2:])
 
