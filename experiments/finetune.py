@@ -72,6 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the frozen model")
   add("--scan", action="store_true", help="compile one layer instead of all")
   add("--remat", action="store_true", help="save memory by computing activations again")
+  add("--best", action="store_true", help="keep the best evaluation's adapter, not the last")
   add("--mesh", help="data=2,model=4")
   add("--distributed", action="store_true", help="several processes; needs --mesh")
   add("--resume", action="store_true", help="go on where --out stopped")
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> dict:
     key=jax.random.key(args.seed + 1),
     evaluate=evaluator,
     every=min(every, math.ceil(steps / 2)),
-    metric=metric,
+    metric=metric if args.best else None,
     higher_is_better=higher,
     checkpoints=checkpoints,
     resume=args.resume,
@@ -391,7 +392,7 @@ def read_files(args: argparse.Namespace, demo: bool):
 def run_options(args: argparse.Namespace, steps: int) -> dict:
   """What a resumed run has to share with the one it continues."""
   names = ("model", "train", "eval", "task", "method", "batch", "accumulate", "lr", "length")
-  names += ("seed", "dtype", "scan")
+  names += ("seed", "dtype", "scan", "best")
   return {name: getattr(args, name) for name in names} | {"set": sorted(args.set), "steps": steps}
 
 

@@ -228,7 +228,8 @@ def _write(folder: pathlib.Path, index: dict, arrays: dict[str, np.ndarray]) -> 
   """Tensors go under a name of their own; renaming the JSON that names them makes the switch."""
   from safetensors.numpy import save as to_bytes
 
-  data = to_bytes({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"format": "pelt_jax"})
+  # not ascontiguousarray, which makes a () array (1,)
+  data = to_bytes({k: np.asarray(v, order="C") for k, v in arrays.items()}, {"format": "pelt_jax"})
   name = f"adapter-{hashlib.sha256(data).hexdigest()[:12]}.safetensors"
   replace_file(folder / name, data)
   replace_file(folder / _INDEX, json.dumps({**index, "tensors": name}, indent=1).encode())
