@@ -400,9 +400,11 @@ PROMPT = 'The "with" statement '
 
 
 def continuation(apply, params, tokenizer) -> str:
-  """What the model writes after a prompt, taking the likeliest byte each time."""
+  """What the model writes after a prompt: drawn, since a small model's likeliest bytes repeat."""
   ids = jnp.array([[tokenizer.bos, *tokenizer.encode(PROMPT).ids]], jnp.int32)
-  made = training.generate(apply, params, ids, max_new_tokens=80)
+  made = training.generate(
+    apply, params, ids, max_new_tokens=120, temperature=0.5, key=jax.random.key(0)
+  )
   return PROMPT + tokenizer.decode(made.tokens[0].tolist())
 
 

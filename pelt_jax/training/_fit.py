@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from pelt_jax._tree import combine
 from pelt_jax.training._batch import Batch
@@ -193,7 +192,7 @@ def fit(
       if keep or stopped:
         flush()
         save(number)
-    flush()
+    advance(flush(), 0)
   if metric is not None and history.best is not None:
     trainable = best
   return Fit(
@@ -209,20 +208,20 @@ def fit(
 
 
 @contextlib.contextmanager
-def _bar(show: bool, start: int, steps: int) -> Iterator[Callable[[float | None], None]]:
+def _bar(show: bool, start: int, steps: int) -> Iterator[Callable[..., None]]:
   if not show:
-    yield lambda loss: None
+    yield lambda loss, by=1: None
     return
   rich = need("rich.progress")
   columns = (
     *rich.Progress.get_default_columns(),
     rich.MofNCompleteColumn(),
-    rich.TextColumn("loss {task.fields[loss]:.4f}"),
+    rich.TextColumn("{task.fields[loss]}"),
   )
   with rich.Progress(*columns) as bar:
-    task = bar.add_task("training", total=steps, completed=start, loss=np.nan)
+    task = bar.add_task("training", total=steps, completed=start, loss="")
 
-    def advance(loss: float | None) -> None:
-      bar.update(task, advance=1, **({} if loss is None else {"loss": loss}))
+    def advance(loss: float | None, by: int = 1) -> None:
+      bar.update(task, advance=by, **({} if loss is None else {"loss": f"loss {loss:.4f}"}))
 
     yield advance
