@@ -77,9 +77,7 @@ class Model(nn.Module):
 
   @nn.compact
   def __call__(self, ids):
-    dense = lambda n, name, bias: nn.Dense(  # noqa: E731
-      n, use_bias=bias, name=name, param_dtype=self.dtype
-    )
+    dense = lambda n, name, bias: nn.Dense(n, use_bias=bias, name=name, param_dtype=self.dtype)
     x = nn.Embed(11, 6, name="emb", param_dtype=self.dtype)(ids)
     x = jnp.tanh(dense(10, "lin", True)(x))
     x = jnp.tanh(dense(8, "lin2", self.bias2)(x))

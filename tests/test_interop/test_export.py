@@ -34,7 +34,7 @@ def adapted(model, base, method, seed=1):
   params = method.init(jax.random.key(seed), base, sites_of(model))
   trainable, frozen = pelt.partition(params)
   rng = np.random.default_rng(seed)
-  move = lambda x: jnp.asarray(np.asarray(x) + 0.1 * rng.normal(size=x.shape), x.dtype)  # noqa: E731
+  move = lambda x: jnp.asarray(np.asarray(x) + 0.1 * rng.normal(size=x.shape), x.dtype)
   return pelt.combine(jax.tree.map(move, trainable), frozen)
 
 

