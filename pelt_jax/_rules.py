@@ -92,9 +92,10 @@ def _dense_general(module: nn.DenseGeneral, leaves: dict, inputs: jax.Array) -> 
     return NotImplemented
   kernel, bias = leaves["kernel"], leaves.get("bias") if module.use_bias else None
   inputs = jnp.asarray(inputs)
-  tuple_of = lambda v: (v,) if isinstance(v, int) else tuple(v)  # noqa: E731
-  axis = tuple(a % inputs.ndim for a in tuple_of(module.axis))
-  batch = tuple(a % inputs.ndim for a in tuple_of(module.batch_dims))
+  tuple_of = lambda v: (v,) if isinstance(v, int) else tuple(v)
+  # Flax sorts both, so the kernel's axes come in the order of the input's, however they were named.
+  axis = sorted(a % inputs.ndim for a in tuple_of(module.axis))
+  batch = sorted(a % inputs.ndim for a in tuple_of(module.batch_dims))
   n_features = len(tuple_of(module.features))
   letters = iter(string.ascii_letters)
   x_letters = [next(letters) for _ in range(inputs.ndim)]
@@ -104,7 +105,7 @@ def _dense_general(module: nn.DenseGeneral, leaves: dict, inputs: jax.Array) -> 
   kernel_letters = [*batch_letters, *(x_letters[a] for a in axis), *features]
   out = [*batch_letters, *free, *features]
   eq = f"{''.join(x_letters)},{''.join(kernel_letters)}->{''.join(out)}"
-  if axis == (inputs.ndim - 1,) and not batch and n_features == 1:
+  if axis == [inputs.ndim - 1] and not batch and n_features == 1:
     eq = "...i,io->...o"
   x = jnp.asarray(inputs, _dtype(module, inputs, kernel, bias))
   y = kernel.einsum(eq, x, precision=module.precision)
