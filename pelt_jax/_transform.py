@@ -135,10 +135,11 @@ def box_names(leaf: Any, ndim: int) -> tuple[str | None, ...]:
 def add_bypass(params: dict, sites: tuple[Site, ...], path: str, node: Bypass) -> dict:
   """Params with a bypass node at a module, outermost there, and a leaf guarded.
 
-  The guard goes round a leaf of the module, else of the nearest enclosing call that has one.
+  The guard goes round a leaf of the module itself or below it, else of the nearest enclosing call
+  that has one.
 
   Raises:
-    ValueError: if no module call at `path` was traced.
+    ValueError: if no module call at `path` was traced, or the model reads no leaf to guard.
   """
   if not any(s.kind == "call" and s.path == path for s in sites):
     raise ValueError(
@@ -150,18 +151,19 @@ def add_bypass(params: dict, sites: tuple[Site, ...], path: str, node: Bypass) -
     nodes = before.nodes if isinstance(before, Chain) else (before,)
     node = Chain((*nodes, node), stacked=node.stacked)
   params = update_at(params, {at: node})
+  leaves = [s for s in sites if s.kind == "leaf" and s.called]
   owner = path
   while True:
-    leaf = next((s for s in sites if s.kind == "leaf" and s.called and s.parent == owner), None)
-    if leaf is not None or not owner:
-      break
+    below = [s for s in leaves if not owner or s.path.startswith(f"{owner}/")]
+    if below:  # the shallowest: the module's own, if it has any
+      return _guarded(params, min(below, key=lambda s: s.path.count("/")))
+    if not owner:
+      raise ValueError(f"the model reads no leaf, so a bypass at {path!r} could not be guarded")
     owner = owner.rpartition("/")[0]
-  return params if leaf is None else _guarded(params, leaf.path)
 
 
-def _guarded(params: dict, path: str) -> dict:
-  leaf = get_at(params, path)
+def _guarded(params: dict, site: Site) -> dict:
+  leaf = get_at(params, site.path)
   if isinstance(leaf, Guard):
     return params
-  stacked = leaf.stacked if isinstance(leaf, Node) else 0
-  return update_at(params, {path: Guard(leaf, stacked=stacked)})
+  return update_at(params, {site.path: Guard(leaf, stacked=len(site.stacked))})
