@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ def partition(params: Any, *, extra: bool = False) -> tuple:
   def kept(want: Callable[[str, str | None], bool]) -> Any:
     return map_arrays(lambda k, g, x, _: x if want(k, g) else HOLE, params, is_leaf=is_hole)
 
-  trains = lambda k, g: _label(k, g) != "frozen"  # noqa: E731
+  trains = lambda k, g: _label(k, g) != "frozen"
   trainable = kept(trains)
   if not jax.tree.leaves(trainable):
     raise ValueError(
@@ -81,7 +81,7 @@ def partition(params: Any, *, extra: bool = False) -> tuple:
     )
   if not extra:
     return trainable, kept(lambda k, g: not trains(k, g))
-  mine = lambda k, g: k in ("own", "extra") and not trains(k, g)  # noqa: E731
+  mine = lambda k, g: k in ("own", "extra") and not trains(k, g)
   return trainable, kept(mine), kept(lambda k, g: not trains(k, g) and not mine(k, g))
 
 
@@ -127,7 +127,7 @@ def value_and_grad(loss: Callable, has_aux: bool = False) -> Callable:
   return jax.value_and_grad(joined, has_aux=has_aux)
 
 
-def fold(params: dict) -> dict:
+def fold(params: Mapping[str, Any]) -> dict:
   """Runs the generators once and drops them: what serves needs none.
 
   Args:
@@ -148,7 +148,7 @@ def _number(name: str) -> tuple[int, str]:
   return (int(digits) if digits else 0, name)
 
 
-def merge(params: dict) -> dict:
+def merge(params: Mapping[str, Any]) -> dict:
   """Plain params that compute the same function without nodes.
 
   Changes are added in float32 (or wider) and cast back to the leaf's dtype; the base's partitioning
@@ -188,12 +188,12 @@ def _plain(value: Any) -> Any:
 
 
 def _map_nodes(fn: Callable, tree: Any) -> Any:
-  if isinstance(tree, dict):
+  if isinstance(tree, Mapping):
     return {k: _map_nodes(fn, v) for k, v in tree.items()}
   return fn(tree)
 
 
-def delta(params: dict) -> dict:
+def delta(params: Mapping[str, Any]) -> dict:
   """What the method added: all `own` and `extra` arrays, holes elsewhere.
 
   Args:
@@ -202,11 +202,11 @@ def delta(params: dict) -> dict:
   Returns:
     The same structure; `combine(delta(params), rest)` gives params back.
   """
-  keep = lambda kind, group, x, path: x if kind in ("own", "extra") else HOLE  # noqa: E731
+  keep = lambda kind, group, x, path: x if kind in ("own", "extra") else HOLE
   return map_arrays(keep, params, is_leaf=is_hole)
 
 
-def penalty(params: dict) -> jax.Array:
+def penalty(params: Mapping[str, Any]) -> jax.Array:
   """The sum of the nodes' own regularisers, weights included; 0.0 where there are none.
 
   Args:
@@ -246,7 +246,7 @@ class Count:
   bytes: int
 
 
-def count(params: dict, sites: tuple[Site, ...] | None = None) -> Count:
+def count(params: Mapping[str, Any], sites: tuple[Site, ...] | None = None) -> Count:
   """Counts what trains, what is stored, what changes and by which rank.
 
   Args:
@@ -257,7 +257,7 @@ def count(params: dict, sites: tuple[Site, ...] | None = None) -> Count:
     A `Count`.
   """
   heads = {s.path for s in sites or () if any(r.role == "head" for r in s.roles)}
-  apart = lambda path: any(path == h or path.startswith(f"{h}/") for h in heads)  # noqa: E731
+  apart = lambda path: any(path == h or path.startswith(f"{h}/") for h in heads)
   found: collections.Counter[str] = collections.Counter()
 
   def visit(kind: str, group: str | None, x: Any, path: str) -> None:
@@ -295,7 +295,11 @@ def count(params: dict, sites: tuple[Site, ...] | None = None) -> Count:
 
 
 def shardings(
-  params: dict, base_specs: Any, mesh: jax.sharding.Mesh, *, fsdp: Sequence[str] = ("fsdp", "data")
+  params: Mapping[str, Any],
+  base_specs: Any,
+  mesh: jax.sharding.Mesh,
+  *,
+  fsdp: Sequence[str] = ("fsdp", "data"),
 ) -> dict:
   """A `NamedSharding` for every array of params, nodes included.
 
@@ -344,7 +348,7 @@ def _fitted(value: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
   """Specs as shardings, without the axes that do not divide the array."""
 
   def fit(x: Any, spec: Any) -> jax.sharding.NamedSharding:
-    size = lambda a: math.prod(mesh.shape[n] for n in (a if isinstance(a, tuple) else (a,)))  # noqa: E731
+    size = lambda a: math.prod(mesh.shape[n] for n in (a if isinstance(a, tuple) else (a,)))
     shape = jnp.shape(x)
     kept = [None if a is None or shape[i] % size(a) else a for i, a in enumerate(spec)]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))
