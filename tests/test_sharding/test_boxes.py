@@ -180,7 +180,7 @@ def test_shardings_of_a_boxed_tree_follow_the_base_specs(case, adapted):
 def test_optimizer_states_and_gradients_keep_the_boxes(case, adapted):
   _, moved = adapted
   trainable, frozen = pelt.partition(moved)
-  loss = lambda p: (pelt.bypass(case.module.apply)({"params": p}, case.x) ** 2).mean()  # noqa: E731
+  loss = lambda p: (pelt.bypass(case.module.apply)({"params": p}, case.x) ** 2).mean()
   _, grads = pelt.value_and_grad(loss)(trainable, frozen)
   assert jax.tree.structure(grads) == jax.tree.structure(trainable)
   assert grads[case.layer]["up"]["kernel"].a.names == (*case.lead, "embed", None)
