@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> dict:
     jax.set_mesh(mesh)
     specs = pelt.shardings(params, training.base_specs(sites, mesh), mesh)
     params = jax.device_put(params, specs)
-    place = lambda batch: training.place_batch(batch, mesh)  # noqa: E731
+    place = lambda batch: training.place_batch(batch, mesh)
     options["out_shardings"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
   # What it can do before training.

@@ -77,7 +77,7 @@ def dots_in(function: Callable, *args: Any) -> int:
 def _walk(jaxpr: Any, flags: Sequence[bool], count: Dots, times: int, remat: bool) -> list[bool]:
   """Adds the products of `jaxpr`; returns which of its outputs depend on active inputs."""
   known = dict(zip(jaxpr.invars, flags, strict=True))
-  active = lambda v: not hasattr(v, "val") and known.get(v, False)  # noqa: E731  # literals are not
+  active = lambda v: not hasattr(v, "val") and known.get(v, False)  # literals are not
   for eqn in jaxpr.eqns:
     inputs = [active(v) for v in eqn.invars]
     out = [any(inputs)] * len(eqn.outvars)
@@ -164,7 +164,7 @@ def measure(method: pelt.Transform) -> dict[str, float]:
   trainable, frozen = pelt.partition(params)
   tx = optax.adamw(1e-3)
   step, state = train_step(loss, tx), jax.eval_shape(tx.init, trainable)
-  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   wanted = needed(lambda t, f, b: loss(pelt.combine(t, f), b), trainable, frozen, batch)
   found = {
     "forward": compiled_flops(loss, plain, batch),

@@ -221,7 +221,7 @@ class Call:
   def wrapped(self, node: Any, position: int) -> "Call":
     """The call as the next outer node of a chain sees it."""
     inner = self.salt(position)
-    run = lambda *args, **kwargs: node(inner, *args, **kwargs)  # noqa: E731
+    run = lambda *args, **kwargs: node(inner, *args, **kwargs)
     return dataclasses.replace(self, next=run)
 
   def record(self, name: str, value: jax.Array) -> None:

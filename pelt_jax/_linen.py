@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -225,8 +226,8 @@ def _product(call: Call, leaves: Mapping) -> Callable:
   found = rule_for(call.frame.function)
   if found is None or not any(isinstance(v, Weight) for v in leaves.values()):
     return call.next
-  bound = {
-    name: Leaf(value, call)
+  bound = {  # a key per leaf, so that neither leaves nor the module's bypass share a mask
+    name: Leaf(value, call.salt(zlib.crc32(name.encode()) & 0x7FFFFFFF))
     for name, value in leaves.items()
     if isinstance(value, Weight) or hasattr(strip(value), "dtype")
   }

@@ -108,7 +108,11 @@ def _fingerprint(x: jax.Array) -> jax.Array:
   width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
   words = jnp.asarray(jax.lax.bitcast_convert_type(x, width), jnp.uint32).reshape(-1)
   weights = jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
-  return jnp.sum(words * (weights | jnp.uint32(1)), dtype=jnp.uint32)
+  # A plain weighted sum would not see an even number of flipped sign bits, so words are mixed.
+  mixed = words * (weights | jnp.uint32(1)) + weights
+  mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(2246822519)
+  mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(3266489917)
+  return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 def _identity(leaf: Any) -> dict:
@@ -217,6 +221,7 @@ def _read_index(folder: pathlib.Path) -> dict:
   try:
     index = json.loads(path.read_text())
     version = index["version"] if index["format"] == "pelt_jax" else None
+    _ = version == _VERSION and (index["nodes"], index["base"], index["tensors"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} is damaged: {error}") from error
   if version != _VERSION:

@@ -137,10 +137,10 @@ def fold(params: Mapping[str, Any]) -> dict:
     Params without the key `generators`.
   """
   generators = params.get(GENERATORS, {})
-  params = {k: v for k, v in params.items() if k != GENERATORS}
+  folded = {k: v for k, v in params.items() if k != GENERATORS}
   for name in sorted(generators, key=_number):
-    params = generators[name].expand(params)
-  return params
+    folded = generators[name].expand(folded)
+  return folded
 
 
 def _number(name: str) -> tuple[int, str]:

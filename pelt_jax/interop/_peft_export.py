@@ -262,7 +262,7 @@ class _Plan:
     ranks = {name: self.loras[p].rank for name, p in full.items()}
     alphas = {name: _alpha(self.loras[p]) for name, p in full.items()}
     rank, alpha = (collections.Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
-    key = lambda name: "^" + re.escape(name)  # noqa: E731
+    key = lambda name: "^" + re.escape(name)
     task = task_type(self.model)
     if task in ("SEQ_CLS", "TOKEN_CLS") and not self.head:
       task = None  # with it PEFT would claim the head, where a LoRA lives

@@ -265,18 +265,18 @@ class _Reader:
     else:
       a, b, scaling = _stacked(pairs, leaf.shape[0])
       layer = jnp.arange(leaf.shape[0], dtype=jnp.float32)
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = np.promote_types(a.dtype, jnp.float32)
     rate = self.config.dropout if path.endswith(f"/{LINEAR}") else 0.0
     lead = () if layer is None else (leaf.shape[0],)
     dropout = Dropout(jnp.full(lead, rate, wide), layer, stacked=len(lead)) if rate else None
     names = dict(zip(axes.partition(":")[0], box_names(leaf, leaf.ndim)[len(lead) :], strict=True))
     factor_axes = axes.partition(":")[2].split(",")
-    boxed = [
+    boxed_a, boxed_b = (
       like_box(leaf, jnp.asarray(x), (*[None] * len(lead), *map(names.get, letters)))
       for x, letters in zip((a, b), factor_axes, strict=True)
-    ]
+    )
     return LoraWeight(
-      leaf, *boxed, jnp.asarray(scaling, wide), dropout, axes=axes, stacked=len(lead)
+      leaf, boxed_a, boxed_b, jnp.asarray(scaling, wide), dropout, axes=axes, stacked=len(lead)
     )
 
   def tuned(self) -> dict[str, Tuned]:

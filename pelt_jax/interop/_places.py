@@ -48,8 +48,9 @@ def places(model: Any, params: Mapping) -> dict[str, Place]:
       continue
     shape = tuple(value.shape if isinstance(value, Weight) else strip(value).shape)
     stack = scanned(model, path)
-    for layer in [None] if stack is None else range(stack[1]):
-      looped = path if layer is None else f"{stack[0]}/{layer}{path[len(stack[0]) :]}"
+    root, count = stack or ("", 0)
+    for layer in range(count) if stack else [None]:
+      looped = path if layer is None else f"{root}/{layer}{path[len(root) :]}"
       module, _, name = torch_name(looped).rpartition(".")
       place = Place(path, layer, module, name, shape if layer is None else shape[1:])
       found[place.tensor] = place

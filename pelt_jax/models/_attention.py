@@ -204,8 +204,8 @@ def _yarn(rope: Rope, width: int, plain: np.ndarray) -> tuple[np.ndarray, float]
 
   scale = rope.attention_factor
   if scale is None:
-    both = rope.mscale and rope.mscale_all_dim
-    scale = mscale(rope.mscale) / mscale(rope.mscale_all_dim) if both else mscale()
+    one, all_dims = rope.mscale, rope.mscale_all_dim
+    scale = mscale(one) / mscale(all_dims) if one and all_dims else mscale()
   return frequencies, scale
 
 

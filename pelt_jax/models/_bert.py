@@ -256,6 +256,14 @@ class BertModel(_Encoder):
     """Empty: the bare model's names have no prefix."""
     return ""
 
+  def _positions(self, input_ids: Array) -> Array:
+    """Counts slots from 0; RoBERTa counts real tokens from the padding id's successor."""
+    if self.config.model_type != "roberta":
+      return jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
+    pad = jnp.int32(self.config.pad_token_id)
+    real = (input_ids != pad).astype(jnp.int32)
+    return jnp.cumsum(real, axis=1, dtype=jnp.int32) * real + pad
+
   @nn.compact
   def __call__(
     self,
@@ -284,10 +292,7 @@ class BertModel(_Encoder):
     """
     c = self.config
     if position_ids is None:
-      position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
-      if c.model_type == "roberta":
-        real = (input_ids != c.pad_token_id).astype(jnp.int32)
-        position_ids = jnp.cumsum(real, axis=1) * real + c.pad_token_id
+      position_ids = self._positions(input_ids)
     if token_type_ids is None:
       token_type_ids = jnp.zeros((1, input_ids.shape[1]), jnp.int32)
     x = BertEmbeddings(c, self.dtype, name="embeddings")(

@@ -175,8 +175,8 @@ def read_config(raw: Mapping[str, Any], *, source: str | None = None) -> Config:
   family = EncoderConfig if kind in ("bert", "roberta") else DecoderConfig
   own = _encoder(got) if family is EncoderConfig else _decoder(kind, got)
   names = {f.name for f in dataclasses.fields(family)}
-  plain = {k: v for k, v in got.items() if k in names}
-  return family(**(plain | common | own))
+  fields: dict[str, Any] = {k: v for k, v in got.items() if k in names} | common | own
+  return family(**fields)
 
 
 def _encoder(got: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def from_config(
   if task not in classes:
     known = f"for {config.model_type}: {', '.join(classes)}" if task in TASKS else ", ".join(TASKS)
     raise ValueError(f"task {task!r} is not one of those known {known}")
-  model_class = classes[task]
+  model_class: Any = classes[task]
   if config.model_type == "roberta" and task == "classification":
     model_class = _bert.RobertaForSequenceClassification
   if num_labels is not None:

@@ -45,7 +45,8 @@ class Values:
     known |= {v: read() for v, read in zip(jaxpr.invars, self._inputs, strict=True) if v in needed}
 
     def value(v: Any) -> Any:
-      return jnp.asarray(v.val, v.aval.dtype) if isinstance(v, core.Literal) else known[v]
+      shape: Any = v.aval
+      return jnp.asarray(v.val, shape.dtype) if isinstance(v, core.Literal) else known[v]
 
     for eqn in reversed(equations):
       out = _evaluate(eqn, [value(v) for v in eqn.invars])

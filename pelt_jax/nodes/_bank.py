@@ -102,7 +102,7 @@ class Bank(Branch):
   def __call__(self, call: Any, x: jax.Array) -> jax.Array:
     count = jax.tree.leaves(self.members)[0].shape[0]
     members = call.picked(self.members, x.shape[0], count)
-    one = lambda m, row, i: m(call.salt(i), row[None])[0]  # noqa: E731
+    one = lambda m, row, i: m(call.salt(i), row[None])[0]
     return jax.vmap(one)(members, x, jnp.arange(x.shape[0]))
 
 
@@ -182,7 +182,7 @@ def _stack(nodes: Sequence[Any], axis: int, path: str) -> Any:
 
   def join(*arrays: jax.Array) -> jax.Array:
     shape = tuple(max(s) for s in zip(*(jnp.shape(a) for a in arrays), strict=True))
-    missing = lambda a: [(0, n - m) for n, m in zip(shape, jnp.shape(a), strict=True)]  # noqa: E731
+    missing = lambda a: [(0, n - m) for n, m in zip(shape, jnp.shape(a), strict=True)]
     return jnp.stack([jnp.pad(a, missing(a)) if shape else a for a in arrays], axis=axis)
 
   return jax.tree.map(join, *nodes)

@@ -54,7 +54,7 @@ class LoraWeight(Weight):
   axes: str = static("io:ir,ro")
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
-    y = product(eq, x, self.base, call, precision)
+    y = product(eq, x, self.base, _below(call), precision)
     plan = _plan(eq, self.axes)
     if plan is None:  # both factors hold a contracted axis: only the whole delta can be applied
       return y + product(eq, x, jnp.asarray(self._delta(), x.dtype), call, precision)
@@ -65,7 +65,7 @@ class LoraWeight(Weight):
     return y + product(up, h, second, None, precision)
 
   def lookup(self, ids: jax.Array, call: Any = None) -> jax.Array:
-    rows = table_rows(self.base, ids, call)
+    rows = table_rows(self.base, ids, _below(call))
     h = jnp.take(jnp.asarray(self.array("a"), rows.dtype), ids, axis=0)
     h = h * jnp.asarray(self.scaling, rows.dtype)
     return rows + product("...i,io->...o", h, self.array("b"))
@@ -124,7 +124,7 @@ class FusedLora(Weight):
   fused: int = static(1)
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
-    y = product(eq, x, self.base, call, precision)
+    y = product(eq, x, self.base, _below(call), precision)
     if eq not in ("...i,io->...o", "...i,oi->...o"):
       raise ValueError(f"FusedLora runs a plain product of the last axis, not {eq!r}")
     h = x if self.dropout is None else self.dropout(call, x)
@@ -163,6 +163,11 @@ class FusedLora(Weight):
       h[..., self.chosen.index(p), :] if p in self.chosen else zero for p in range(self.parts)
     ]
     return jnp.concatenate(pieces, axis=-1)
+
+
+def _below(call: Any) -> Any:
+  """The call as the node underneath sees it: its dropout has masks of its own."""
+  return None if call is None else call.salt(1)
 
 
 def _subscripts(axes: str) -> tuple[str, str, str]:

@@ -126,7 +126,7 @@ def _optax_dtypes() -> Iterator[None]:
 
 def _learning_rates(state: Any) -> list[jax.Array]:
   """What `optax.inject_hyperparams` recorded."""
-  injected = lambda x: hasattr(x, "hyperparams")  # noqa: E731
+  injected = lambda x: hasattr(x, "hyperparams")
   found = [x for x in jax.tree.leaves(state, is_leaf=injected) if injected(x)]
   return [x.hyperparams["learning_rate"] for x in found if "learning_rate" in x.hyperparams]
 

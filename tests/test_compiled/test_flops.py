@@ -106,7 +106,7 @@ def test_scanned_and_rematerialized_layers_need_no_more():
   for scan, remat in ((False, False), (True, False), (False, True), (True, True)):
     loss, _, params, batch = flops.case(QUERY_VALUE, scan=scan, remat=remat)
     trainable, frozen = pelt.partition(params)
-    joined = lambda t, f, b, loss=loss: loss(pelt.combine(t, f), b)  # noqa: E731
+    joined = lambda t, f, b, loss=loss: loss(pelt.combine(t, f), b)
     wanted = flops.needed(joined, trainable, frozen, batch)
     done = flops.dots_in(jax.value_and_grad(joined), trainable, frozen, batch)
     # One body serves all layers of a scan, so the first layer's input gradient is computed too.

@@ -70,7 +70,7 @@ def adapted(foreign, name, *, up, layers=(LAYERS - 1,)):
 
 def by_hand(foreign, name):
   """The last layer's second half, from what the unmodified model's modules gave."""
-  keep = lambda module, _: isinstance(module, (nn.Dropout, nn.LayerNorm))  # noqa: E731
+  keep = lambda module, _: isinstance(module, (nn.Dropout, nn.LayerNorm))
   _, seen = foreign.module.apply(
     {"params": foreign.params}, *foreign.args, capture_intermediates=keep, mutable="intermediates"
   )
@@ -125,7 +125,7 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients(bert, name)
     )
     trainable, frozen = pelt.partition(families.moved(params))
     weights = drawn(9, 2, 7, WIDTH)
-    loss = lambda p, f=foreign, w=weights: (f.out(p) * w).sum()  # noqa: E731
+    loss = lambda p, f=foreign, w=weights: (f.out(p) * w).sum()
     results.append(pelt.value_and_grad(loss)(trainable, frozen))
   text = str(jax.make_jaxpr(lambda p: other.out(p))(pelt.combine(trainable, frozen)))
   assert text.count("remat") + text.count("checkpoint") >= LAYERS

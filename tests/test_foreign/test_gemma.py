@@ -112,7 +112,7 @@ def test_sites_know_the_equations(rule, model):
 
 def test_factors_contract_what_the_equation_contracts(rule, model):
   params = adapted(model, pelt.lora(rank=2, targets=EINSUMS))
-  shapes = lambda node: (node.a.shape, node.b.shape)  # noqa: E731
+  shapes = lambda node: (node.a.shape, node.b.shape)
   assert shapes(params["attn_0"]["q_einsum"]["w"]) == ((8, 2), (2, 4, 4))
   assert shapes(params["attn_0"]["kv_einsum"]["w"]) == ((8, 2), (2, 2, 1, 4))
   assert shapes(params["attn_1"]["qkv_einsum"]["w"]) == ((8, 2), (2, 3, 4, 4))
@@ -127,20 +127,20 @@ def test_identity_merge_and_gradients(request, model, with_rule):
     request.getfixturevalue("rule")
   module, params, x = model
   nodes = adapted(model, pelt.lora(rank=2, alpha=6, targets=EINSUMS))
-  apply = lambda p: pelt.bypass(module.apply)({"params": p}, x)  # noqa: E731
+  apply = lambda p: pelt.bypass(module.apply)({"params": p}, x)
   np.testing.assert_array_equal(apply(nodes), module.apply({"params": params}, x))
 
   trainable, frozen = pelt.partition(nodes)
   assert len(jax.tree.leaves(trainable)) == 2 * 9
   trainable = jax.tree.map(lambda t: t + 0.1, trainable)
-  loss = lambda p: (apply(p) ** 2).mean()  # noqa: E731
-  merged = lambda p: (module.apply({"params": pelt.merge(p)}, x) ** 2).mean()  # noqa: E731
+  loss = lambda p: (apply(p) ** 2).mean()
+  merged = lambda p: (module.apply({"params": pelt.merge(p)}, x) ** 2).mean()
   value, grads = pelt.value_and_grad(loss)(trainable, frozen)
   wanted, others = pelt.value_and_grad(merged)(trainable, frozen)
   # float32: two blocks of sums over at most 96 terms.
   np.testing.assert_allclose(value, wanted, rtol=1e-5)
   scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(others))
-  compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale)  # noqa: E731
+  compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale)
   jax.tree.map(compare, grads, others)
 
 

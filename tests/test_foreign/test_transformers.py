@@ -79,7 +79,7 @@ def test_gradients_reach_the_nodes_and_nothing_else(case):
   trainable, frozen = pelt.partition(families.moved(adapted))
   # Not a sum of squares: BERT ends in a LayerNorm, which holds that constant.
   weights = jax.random.normal(jax.random.key(3), foreign.out(adapted).shape)
-  loss = lambda params: (foreign.out(params) * weights).sum()  # noqa: E731
+  loss = lambda params: (foreign.out(params) * weights).sum()
   _, grads = pelt.value_and_grad(loss)(trainable, frozen)
   assert jax.tree.structure(grads) == jax.tree.structure(trainable)
   names = {str(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(grads)}
@@ -94,7 +94,7 @@ def test_gradients_reach_the_nodes_and_nothing_else(case):
   )
   np.testing.assert_allclose((ahead - behind) / (2 * step), norm**2, rtol=2e-2)
   # The same through the merged params' own modules.
-  plain = lambda params: (foreign.out(pelt.merge(params), bypass=False) * weights).sum()  # noqa: E731
+  plain = lambda params: (foreign.out(pelt.merge(params), bypass=False) * weights).sum()
   _, wanted = pelt.value_and_grad(plain)(trainable, frozen)
   scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted))
   jax.tree.map(
@@ -111,7 +111,7 @@ def test_fused_lora_on_gpt2s_transposed_kernel():
     foreign.out(merged, bypass=False), foreign.out(params), rtol=0, atol=2e-5
   )
   for layer in "012":
-    get = lambda tree, n=layer: tree["transformer"]["h"][n]["attn"]["c_attn"]["kernel"]  # noqa: E731
+    get = lambda tree, n=layer: tree["transformer"]["h"][n]["attn"]["c_attn"]["kernel"]
     change = get(merged) - get(foreign.params)
     assert change.shape == (48, 16)
     np.testing.assert_array_equal(change[16:32], 0)  # the keys

@@ -197,7 +197,7 @@ CONFIGURATIONS = [
       lora_alpha=6,
       target_modules=["q_proj", "v_proj", "down_proj"],
       layers_to_transform=[0, 2],
-      rank_pattern={"q_proj": 4, r"layers\.2\..*": 3},
+      rank_pattern={"q_proj": 4, r"layers\.2\.self_attn\.v_.*": 3},
       alpha_pattern={"^model.layers.0.mlp.down_proj": 9},
     ),
   ),
@@ -208,7 +208,7 @@ CONFIGURATIONS = [
   ("bert", "classification", dict(r=3, target_modules=["query"], bias="lora_only")),
   ("bert", "classification", dict(r=3, target_modules=["dense"], exclude_modules=["pooler.dense"])),
   ("bert", "classification", dict(r=3, target_modules=["query"], bias="all")),
-  ("roberta", "tagging", dict(r=3, target_modules="all-linear")),
+  ("roberta", "tagging", dict(r=3, target_modules=["dense", "query"])),
 ]
 TASK_TYPES = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS", "tagging": "TOKEN_CLS"}
 

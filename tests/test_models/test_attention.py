@@ -64,7 +64,7 @@ def test_two_keys_in_closed_form():
 def test_a_row_that_may_look_nowhere_is_finite_and_has_finite_gradients():
   q, k, v = qkv(2, 2)
   mask = jnp.zeros((2, 1, 3, 4), bool)
-  f = lambda q: AttentionCore().apply({}, q, k, v, mask).sum()  # noqa: E731
+  f = lambda q: AttentionCore().apply({}, q, k, v, mask).sum()
   assert jnp.isfinite(f(q)) and jnp.isfinite(jax.grad(f)(q)).all()
 
 

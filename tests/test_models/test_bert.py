@@ -32,7 +32,7 @@ def test_packed_segments_equal_separate_rows():
 def test_dropout_acts_only_when_told():
   model, params = built("bert", "classification")
   ids = tokens(2, 6)
-  run = lambda s, d: model.apply(  # noqa: E731
+  run = lambda s, d: model.apply(
     {"params": params}, ids, deterministic=d, rngs={"dropout": jax.random.key(s)}
   )
   np.testing.assert_array_equal(run(0, True), model.apply({"params": params}, ids))

@@ -56,7 +56,7 @@ def test_nodes_are_converted_with_their_layers():
   method = pelt.lora(rank=2, targets=("query", "value"))
   params = method.init(jax.random.key(1), params, pelt.sites(model, ids))
   # Give every layer another B, so that a swap of layers shows.
-  b = lambda x: x + jnp.arange(1.0, x.size + 1).reshape(x.shape) / x.size  # noqa: E731
+  b = lambda x: x + jnp.arange(1.0, x.size + 1).reshape(x.shape) / x.size
   params = jax.tree.map(b, params)
   want = pelt.bypass(model.apply)({"params": params}, ids)
   scanned_model = build("llama", "lm", scan=True)

@@ -125,7 +125,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
 
 def test_a_missing_head_is_drawn_from_the_key(tmp_path, caplog):
   _, trunk = saved(tmp_path, "bert", "encoder")  # a bare model: no "bert." prefix, no classifier
-  load = lambda seed: models.from_pretrained(  # noqa: E731
+  load = lambda seed: models.from_pretrained(
     tmp_path, task="classification", num_labels=6, scan=True, key=jax.random.key(seed)
   )
   (model, a), (_, b), (_, c) = load(0), load(0), load(1)

@@ -74,7 +74,7 @@ def test_full_logits_never_exist():
   params, ids = random_params(model), tokens(batch, length)
 
   def program(chunk):
-    f = lambda p: model.clone(loss_chunk=chunk).apply({"params": p}, ids, labels=ids).sum()  # noqa: E731
+    f = lambda p: model.clone(loss_chunk=chunk).apply({"params": p}, ids, labels=ids).sum()
     grad = jax.grad(f)
     largest = max(
       int(np.prod(s)) for s in shapes_in(jax.make_jaxpr(grad)(params).jaxpr) if 4096 in s

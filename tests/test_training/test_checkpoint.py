@@ -33,7 +33,7 @@ def a_tree(seed=0, rank=2):
 
 
 def bits(tree):
-  keys = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+  keys = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
   return jax.tree.map(lambda x: jax.random.key_data(x) if keys(x) else x, tree)
 
 

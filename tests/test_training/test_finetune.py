@@ -276,7 +276,7 @@ def test_a_mesh_gives_the_losses_of_one_device(llama, tmp_path):
 
 
 def test_options_take_the_types_of_the_signature(finetune):
-  read = lambda *settings: finetune.typed_options("lora", pelt.lora, list(settings))  # noqa: E731
+  read = lambda *settings: finetune.typed_options("lora", pelt.lora, list(settings))
   assert read("targets=query,value", "alpha=16", "rslora=true", "layers=3") == {
     "targets": ("query", "value"),
     "alpha": 16.0,

@@ -82,7 +82,7 @@ def test_equal_shapes_compile_once(model):
 
 def test_sampling_follows_the_key_and_the_temperature(model):
   prompt = tokens(4, 5)
-  draw = lambda **options: np.asarray(  # noqa: E731
+  draw = lambda **options: np.asarray(
     generate(model[0].apply, model[1], prompt, max_new_tokens=6, **options).tokens
   )
   a, b, c = (draw(key=jax.random.key(s), temperature=2.0) for s in (0, 0, 1))
@@ -95,7 +95,7 @@ def test_sampling_follows_the_key_and_the_temperature(model):
 
 def test_restrictions_in_closed_form():
   logits = jnp.log(jnp.array([[0.05, 0.5, 0.15, 0.3], [0.4, 0.3, 0.2, 0.1]]))
-  kept = lambda *a: np.isfinite(restrict(logits, *a)).astype(int).tolist()  # noqa: E731
+  kept = lambda *a: np.isfinite(restrict(logits, *a)).astype(int).tolist()
   assert kept(2, None) == [[0, 1, 0, 1], [1, 1, 0, 0]]
   assert kept(9, None) == [[1] * 4] * 2
   assert kept(None, 0.45) == [[0, 1, 0, 0], [1, 1, 0, 0]]

@@ -53,7 +53,7 @@ def test_a_step_by_hand():
 
 
 def test_a_loss_may_return_a_scalar_alone():
-  scalar = lambda *args: squares(*args)[0]  # noqa: E731
+  scalar = lambda *args: squares(*args)[0]
   train = training.train_step(product, scalar, optax.sgd(0.125))
   assert float(run(train, one_weight(1.0, 1.0))[3]["loss"]) == 10.0
 
@@ -186,7 +186,7 @@ def test_a_batch_without_targets_changes_nothing():
 
 def test_cross_entropy_by_hand():
   logits = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0], [7.0, 1.0]]))
-  model = lambda variables, ids, deterministic: logits  # noqa: E731
+  model = lambda variables, ids, deterministic: logits
   batch = {"input_ids": jnp.zeros((3, 1), jnp.int32), "labels": jnp.array([1, 0, -100])}
   loss, aux = training.cross_entropy(model, {}, batch)
   np.testing.assert_allclose(loss, (np.log(4 / 3) + np.log(2)) / 2, rtol=1e-6)
