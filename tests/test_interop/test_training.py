@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ from tests import support
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 
-def test_losses_of_minilm_on_trec_are_those_of_peft(shared_data, minilm):
+def test_losses_of_minilm_on_trec_are_those_of_peft(shared_data, minilm, tmp_path):
   """Ten AdamW steps in float64; 50 of them are in experiments/results/parity_minilm_trec.json."""
   support.require("torch")
   support.require("transformers")
@@ -20,6 +21,11 @@ def test_losses_of_minilm_on_trec_are_those_of_peft(shared_data, minilm):
   script = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(script)
   trec = shared_data / "trec" / "TREC.train.all"
-  here, there = script.compare(trec, 10, "float64", size=8, length=16)
-  np.testing.assert_allclose(here, there, rtol=0, atol=1e-6)
-  assert here[-1] < here[0] - 0.05  # it did train
+  with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+    here, there = script.compare(trec, 10, "float64", size=8, length=16)
+    np.testing.assert_allclose(here, there, rtol=0, atol=1e-6)
+    # It did train: without the nine steps before, the last batch has another loss.
+    last = script.batches(minilm, trec, 10, 8, 16)[-1:]
+    with jax.enable_x64(True):
+      untrained = script.train_here(*script.start(minilm, tmp_path, "float64"), last)
+  assert abs(untrained[0] - here[-1]) > 1e-3
