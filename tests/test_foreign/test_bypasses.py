@@ -1,5 +1,7 @@
 """Bypass nodes in transformers' Flax BERT, against its last layer written out by hand."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import nodes
+from pelt_jax._node import Bypass, own
 from pelt_jax._transform import add_bypass
 from tests.support import require
 
@@ -169,3 +172,21 @@ def test_dropout_of_a_node_leaves_the_model_s_own_masks(bert):
     apply({"params": params}, *bert.args, **train, train_nodes=t)[0] for t in (True, False)
   )
   assert jnp.abs(dropped - kept).max() > 1e-3
+
+
+class DrawsAKey(Bypass):
+  """Takes a random key before the module does, and changes nothing."""
+
+  scale: Any = own()
+
+  def __call__(self, call, *args, **kwargs):
+    noise = jax.random.normal(call.rng(), ())
+    return call.next(*args, **kwargs) + 0.0 * noise * self.scale
+
+
+def test_keys_of_a_node_do_not_advance_the_dropout_it_wraps(bert):
+  params = add_bypass(bert.params, bert.sites(), f"{LAST}/output/dropout", DrawsAKey(jnp.ones(())))
+  train = dict(deterministic=False, rngs={"dropout": jax.random.key(2)})
+  wanted = bert.module.apply({"params": bert.params}, *bert.args, **train)[0]
+  found = pelt.bypass(bert.module.apply)({"params": params}, *bert.args, **train)[0]
+  np.testing.assert_array_equal(found, wanted)

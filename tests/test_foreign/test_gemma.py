@@ -1,6 +1,7 @@
 """Layers of DeepMind's `gemma`, unmodified: kernels of more axes than two, and their equations."""
 
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 from flax import linen as nn
 
 import pelt_jax as pelt
+from pelt_jax._node import Bypass, own
+from pelt_jax._transform import add_bypass
 from tests.support import require
 from tests.test_foreign.counting import check_step
 
@@ -150,6 +153,39 @@ def test_norms_and_kernels_train_whole(model):
   assert pelt.count(tuned).trainable == 2 * 1 * 8 * 4 + 4 * 8
   wanted = module.apply({"params": params}, x)
   np.testing.assert_array_equal(pelt.bypass(module.apply)({"params": tuned}, x), wanted)
+
+
+class Unnamed(nn.Module):
+  """Layers that Flax names by counting."""
+
+  @nn.compact
+  def __call__(self, x):
+    return layers.RMSNorm()(layers.Einsum((8, 8))("...D,DF->...F", x))
+
+
+class Twice(Bypass):
+  """Runs its module on its own output."""
+
+  scale: Any = own()
+
+  def __call__(self, call, x):
+    return self.scale * call.next(call.next(x))
+
+
+@pytest.mark.parametrize("with_rule", [True, False])
+def test_a_node_may_run_its_module_twice(request, with_rule):
+  if with_rule:
+    request.getfixturevalue("rule")
+  models = Attention(4, 1, 4), FeedForward(24, True), Unnamed()
+  for module, at in zip(models, ("q_einsum", "linear", "Einsum_0"), strict=True):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    plain = module.init(jax.random.key(1), x)["params"]
+    sites = pelt.sites(module, x)
+    params = add_bypass(plain, sites, "", Twice(jnp.float32(0.5)))
+    params = pelt.lora(rank=2, targets=at).init(jax.random.key(2), params, sites)
+    once = lambda x, m=module, p=plain: m.apply({"params": p}, x)
+    found = pelt.bypass(module.apply)({"params": params}, x)
+    np.testing.assert_array_equal(found, 0.5 * once(once(x)))
 
 
 def test_step_flops(rule):
