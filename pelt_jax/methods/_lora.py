@@ -122,7 +122,14 @@ def matrices(found: list[Target], targets: Targets, method: str) -> list[Target]
   Raises:
     ValueError: if none is, or a matrix was never called.
   """
-  kept = [t for t in found if len(t.site.shape) >= 2]
+  # A bias of several heads has two axes too: beside a leaf that multiplies, one that only adds is
+  # no matrix.
+  used = {t.site.parent for t in found if t.site.equations}
+  kept = [
+    t
+    for t in found
+    if len(t.site.shape) >= 2 and (t.site.equations or t.site.parent not in used)
+  ]
   if not kept:
     raise ValueError(
       f"{method} needs matrices; {targets!r} names only {[t.site.path for t in found][:5]}"
