@@ -335,9 +335,7 @@ def test_shared_scope_and_super_run_the_node_once():
     factor = 1.0 if kind is Outer else 2.0
     y = 2 * factor * nn.Dense(4).apply({"params": params["inner"]}, x)  # y + y, once
     want = nn.Dense(4).apply({"params": params["Dense_0"]}, y)
-    np.testing.assert_allclose(
-      pelt.bypass(model.apply)({"params": adapted}, x), want, **TOLERANCE
-    )
+    np.testing.assert_allclose(pelt.bypass(model.apply)({"params": adapted}, x), want, **TOLERANCE)
 
 
 # Errors, never silent no-ops.
@@ -360,7 +358,9 @@ class Branching(nn.Module):
   @nn.compact
   def __call__(self, x, other=False):
     a, b = nn.Dense(4, name="a"), nn.Dense(4, name="b")
-    return b(x) if other and not self.is_initializing() else a(b(x) if self.is_initializing() else x)
+    return (
+      b(x) if other and not self.is_initializing() else a(b(x) if self.is_initializing() else x)
+    )
 
 
 def test_a_site_that_is_never_called_is_refused():

@@ -33,7 +33,10 @@ def adapter(base, n=0):
   )
   branch = nodes.Bottleneck(values((3, 2), 3), None, values((2, 3), 4), None, None)
   chain = _node.Chain((nodes.After(branch, tap="in"), nodes.AroundNorm(branch)))
-  return {**base, "dense": {"kernel": lora, "bias": nodes.Guard(base["dense"]["bias"]), "bypass": chain}}
+  return {
+    **base,
+    "dense": {"kernel": lora, "bias": nodes.Guard(base["dense"]["bias"]), "bypass": chain},
+  }
 
 
 def assert_same(a, b):
@@ -230,10 +233,11 @@ def test_boxed_params_round_trip(tmp_path):
   init = nn.with_partitioning(nn.initializers.lecun_normal(), ("rows", "columns"))
   model, x = nn.Dense(3, kernel_init=init), jnp.ones((2, 4))
   base = model.init(jax.random.key(0), x)["params"]
-  params = pelt.lora(rank=2, targets="kernel").init(
-    jax.random.key(0), base, pelt.sites(model, x)
+  params = pelt.lora(rank=2, targets="kernel").init(jax.random.key(0), base, pelt.sites(model, x))
+  assert params["kernel"].a.names == ("rows", None) and params["kernel"].b.names == (
+    None,
+    "columns",
   )
-  assert params["kernel"].a.names == ("rows", None) and params["kernel"].b.names == (None, "columns")
   pelt.save(tmp_path, params)
   loaded = pelt.load(tmp_path, base)
   assert_same(loaded, params)

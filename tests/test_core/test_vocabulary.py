@@ -24,7 +24,9 @@ def float64():
 
 # Loops and scans of remat cover every kind of trace; the two between them wait for the long suite.
 @pytest.fixture(
-  params=[pytest.param(m, marks=[pytest.mark.parity] * (m in ("remat", "scan"))) for m in tiny.MODES]
+  params=[
+    pytest.param(m, marks=[pytest.mark.parity] * (m in ("remat", "scan"))) for m in tiny.MODES
+  ]
 )
 def mode(request):
   return request.param
@@ -261,9 +263,7 @@ def test_banks_by_rows(mode):
 
   def attn(x, p, mask):
     n = p["core"]["bypass"]
-    return tiny.attention(
-      x, p, mask, heads=heads, core=with_prefix(n.keys[rows], n.values[rows])
-    )
+    return tiny.attention(x, p, mask, heads=heads, core=with_prefix(n.keys[rows], n.values[rows]))
 
   def ffn(x, p, residual):
     b = jax.tree.map(lambda v: v[rows], p["bypass"].branch.members)

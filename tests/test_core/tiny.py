@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-  """Embedding, three layers, head. `declare` and `split` say what its scan does with collections."""
+  """Embedding, three layers, head. `declare` and `split` are its scan's."""
 
   post: bool = False
   mode: str = "loop"

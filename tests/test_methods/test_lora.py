@@ -365,3 +365,11 @@ def test_mixed_batch_equals_own_runs_with_unequal_ranks():
 def test_bad_options(options, message):
   with pytest.raises(ValueError, match=message):
     pelt.lora(**options)
+
+
+def test_a_bias_of_several_heads_is_no_matrix():
+  model, x = nn.DenseGeneral((2, 3)), jnp.ones((1, 4))
+  params = model.init(jax.random.key(0), x)["params"]
+  adapted = pelt.lora(2, targets="*").init(jax.random.key(1), params, pelt.sites(model, x))
+  assert isinstance(adapted["kernel"], nodes.LoraWeight)
+  assert not isinstance(adapted["bias"], nodes.LoraWeight)
