@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import pelt_jax as pelt
+from pelt_jax.interop._factors import factors
 from pelt_jax.nodes import LoraWeight, Tuned
 from tests.test_models import helpers
 
@@ -149,6 +150,26 @@ def test_unequal_ranks_are_padded_under_a_scan_and_cut_again(tmp_path):
     np.testing.assert_array_equal(first[1][name], second[1][name])
 
 
+def test_an_untrained_adapter_keeps_its_rank_under_a_scan(tmp_path):
+  model, base = build(scan=True)
+  params = pelt.lora(rank=3).init(jax.random.key(0), base, sites_of(model))  # b is zero
+  peft.export(tmp_path, params, model)
+  assert written(tmp_path)[0]["r"] == 3
+  assert_same_trees(params, peft.load(tmp_path, model, base))
+
+
+def test_factors_follow_the_axes_of_the_node():
+  rng = np.random.default_rng(0)
+  a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 2, 3), (2, 3, 4)))
+  base = jnp.zeros((5, 2, 4))  # in, experts, out
+  node = LoraWeight(base, a, b, jnp.asarray(2.0), axes="ieo:ier,ero")
+  f = factors(node)
+  assert f.experts
+  np.testing.assert_allclose(
+    2 * jnp.einsum("eir,ero->ieo", f.a, f.b), node.materialize(), rtol=1e-5
+  )
+
+
 def test_rslora_is_written_as_its_scaling(tmp_path):
   model, base = build()
   params = adapted(model, base, pelt.lora(rank=4, alpha=6, rslora=True))
@@ -222,7 +243,10 @@ def test_an_adapted_table_with_a_tied_head_is_marked(tmp_path):
   config, tensors = written(tmp_path)
   assert config["ensure_weight_tying"] is True
   assert config["target_modules"] == ["embed_tokens", "q_proj"]
-  assert tensors["base_model.model.model.embed_tokens.lora_embedding_A"].shape == (2, 97)
+  at = "base_model.model."
+  a = tensors[at + "model.embed_tokens.lora_embedding_A"]
+  assert a.shape == (2, 97)
+  np.testing.assert_array_equal(tensors[at + "lm_head.lora_B.weight"], a.T)
   assert_same_trees(params, peft.load(tmp_path, model, base))
   edit(tmp_path, ensure_weight_tying=False)
   with pytest.raises(ValueError, match="ensure_weight_tying=True"):
