@@ -126,9 +126,7 @@ def matrices(found: list[Target], targets: Targets, method: str) -> list[Target]
   # no matrix.
   used = {t.site.parent for t in found if t.site.equations}
   kept = [
-    t
-    for t in found
-    if len(t.site.shape) >= 2 and (t.site.equations or t.site.parent not in used)
+    t for t in found if len(t.site.shape) >= 2 and (t.site.equations or t.site.parent not in used)
   ]
   if not kept:
     raise ValueError(
