@@ -91,7 +91,11 @@ def _walk(jaxpr: Any, flags: Sequence[bool], count: Dots, times: int, remat: boo
       count.backward += flops * sum(inputs)
       count.again += flops * (remat and any(inputs))
     elif name == "scan":
-      consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+      # Constants, carries, then slices of stacked inputs. Versions of JAX name the numbers
+      # differently, but only what is stacked has one axis more outside.
+      same = lambda a, b: a.aval.shape == b.aval.shape
+      carries = sum(map(same, eqn.outvars, inner.outvars))
+      consts = sum(map(same, eqn.invars, inner.invars)) - carries
       while True:  # a carry may become active after a turn
         out = _walk(inner, inputs, Dots(), 1, remat)
         carry = slice(consts, consts + carries)
