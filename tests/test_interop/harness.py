@@ -20,6 +20,7 @@ class Case:
   config: dict
   conv: bool = False
   experts: bool = False
+  matrix: bool = False
 
 
 CASES = {
@@ -53,6 +54,7 @@ CASES = {
     ),
     experts=True,
   ),
+  "matrix": Case(dict(r=3, lora_alpha=6, target_parameters=["mix.w"]), matrix=True),
 }
 
 
@@ -68,11 +70,20 @@ class Experts(nn.Module):
     return x + jnp.einsum("...eo,eio->...i", hidden, up)
 
 
+class Mix(nn.Module):
+  """A raw square matrix (out, in): only its orientation tells a change from its transpose."""
+
+  @nn.compact
+  def __call__(self, x):
+    return x @ self.param("w", nn.initializers.normal(0.5), (8, 8), x.dtype).T
+
+
 class Model(nn.Module):
   """emb (11, 6) -> lin (6, 10) -> lin2 (10, 8) -> head (8, 3), tanh between."""
 
   bias2: bool = False  # torch's Conv1D always has one
   experts: bool = False
+  matrix: bool = False
   dtype: str = "float64"
 
   @nn.compact
@@ -83,11 +94,13 @@ class Model(nn.Module):
     x = jnp.tanh(dense(8, "lin2", self.bias2)(x))
     if self.experts:
       x = Experts(name="experts")(x)
+    if self.matrix:
+      x = Mix(name="mix")(x)
     return dense(3, "head", True)(x)
 
 
 def flax_model(case: Case, dtype: str = "float64") -> Model:
-  return Model(bias2=case.conv, experts=case.experts, dtype=dtype)
+  return Model(bias2=case.conv, experts=case.experts, matrix=case.matrix, dtype=dtype)
 
 
 def base_params(values: dict, dtype: str = "float64") -> dict:

@@ -31,6 +31,15 @@ class Experts(torch.nn.Module):
     return x + torch.einsum("bteo,eio->bti", hidden, self.up)
 
 
+class Mix(torch.nn.Module):
+  def __init__(self):
+    super().__init__()
+    self.w = torch.nn.Parameter(torch.randn(8, 8) * 0.5)
+
+  def forward(self, x):
+    return x @ self.w.T
+
+
 class Model(torch.nn.Module):
   def __init__(self, case: Case):
     super().__init__()
@@ -38,11 +47,12 @@ class Model(torch.nn.Module):
     self.emb = torch.nn.Embedding(11, 6)
     self.lin, self.lin2 = linear(6, 10, True), linear(10, 8, False)
     self.experts = Experts() if case.experts else torch.nn.Identity()
+    self.mix = Mix() if case.matrix else torch.nn.Identity()
     self.head = torch.nn.Linear(8, 3)
 
   def forward(self, ids):
     x = torch.tanh(self.lin2(torch.tanh(self.lin(self.emb(ids)))))
-    return self.head(self.experts(x))
+    return self.head(self.mix(self.experts(x)))
 
 
 def torch_model(case: Case) -> Model:
@@ -86,6 +96,8 @@ def make(case: Case, folder: pathlib.Path) -> None:
   # The card says nothing that the tests need, and the version should not change the file.
   (folder / "README.md").unlink(missing_ok=True)
   config = json.loads((folder / "adapter_config.json").read_text())
+  if isinstance(config["target_modules"], list):
+    config["target_modules"].sort()  # PEFT keeps a set
   (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
