@@ -76,7 +76,7 @@ def _dtype(module: nn.Module, *values: Any) -> Any:
 
 
 @rule(nn.Dense.__call__)
-def _dense(module: nn.Dense, leaves: dict, inputs: jax.Array) -> Any:
+def _dense(module: nn.Dense, leaves: dict, inputs: Any) -> Any:
   if _custom(module):
     return NotImplemented
   kernel, bias = leaves["kernel"], leaves.get("bias") if module.use_bias else None
@@ -87,7 +87,7 @@ def _dense(module: nn.Dense, leaves: dict, inputs: jax.Array) -> Any:
 
 
 @rule(nn.DenseGeneral.__call__)
-def _dense_general(module: nn.DenseGeneral, leaves: dict, inputs: jax.Array) -> Any:
+def _dense_general(module: nn.DenseGeneral, leaves: dict, inputs: Any) -> Any:
   if _custom(module):
     return NotImplemented
   kernel, bias = leaves["kernel"], leaves.get("bias") if module.use_bias else None
@@ -119,7 +119,7 @@ def _dense_general(module: nn.DenseGeneral, leaves: dict, inputs: jax.Array) -> 
 
 
 @rule(nn.Einsum.__call__)
-def _einsum(module: nn.Einsum, leaves: dict, inputs: jax.Array, einsum_str=None) -> Any:
+def _einsum(module: nn.Einsum, leaves: dict, inputs: Any, einsum_str=None) -> Any:
   if _custom(module) or module.preferred_element_type is not None:
     return NotImplemented
   kernel, bias = leaves["kernel"], leaves.get("bias") if module.use_bias else None
@@ -137,9 +137,10 @@ def _einsum(module: nn.Einsum, leaves: dict, inputs: jax.Array, einsum_str=None)
 
 
 @rule(nn.Embed.__call__)
-def _embed(module: nn.Embed, leaves: dict, inputs: jax.Array) -> Any:
+def _embed(module: nn.Embed, leaves: dict, inputs: Any) -> Any:
   if module.promote_dtype is not dtypes.promote_dtype or module.num_embeddings == 1:
     return NotImplemented
+  inputs = jnp.asarray(inputs)
   if not jnp.issubdtype(inputs.dtype, jnp.integer):
     return NotImplemented
   table = leaves["embedding"]
@@ -147,7 +148,7 @@ def _embed(module: nn.Embed, leaves: dict, inputs: jax.Array) -> Any:
 
 
 @rule(nn.Embed.attend)
-def _attend(module: nn.Embed, leaves: dict, query: jax.Array) -> Any:
+def _attend(module: nn.Embed, leaves: dict, query: Any) -> Any:
   if module.promote_dtype is not dtypes.promote_dtype:
     return NotImplemented
   table = leaves["embedding"]
