@@ -18,8 +18,9 @@ FLAX_HAS := flax_transformers,gemma
 demo: $(VENV)/train.stamp
 	$(VENV)/bin/python experiments/finetune.py
 
+# Most of the fast suite's time would be XLA optimizing small programs that run once.
 test: $(VENV)/test.stamp
-	$(VENV)/bin/python $(PYTEST) -m "not parity"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(VENV)/bin/python $(PYTEST) -m "not parity"
 
 test-parity: $(VENV)/parity.stamp $(FLAX)/test.stamp
 	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(PARITY_HAS)" \

@@ -129,6 +129,18 @@ def _smollm2() -> pathlib.Path:
   return folder
 
 
+def _tmpfs() -> None:
+  with tempfile.TemporaryDirectory() as folder:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+    try:
+      made = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError as error:
+      raise Absent("there is no mount command") from error
+    if made.returncode:
+      raise Absent(f"mounting is not allowed: {made.stderr.strip()}")
+    subprocess.run(["umount", folder], check=True)
+
+
 PROVIDERS: dict[str, Callable[[], Any]] = {
   "flax_transformers": _flax_transformers,
   "gemma": _module("gemma"),
@@ -137,6 +149,7 @@ PROVIDERS: dict[str, Callable[[], Any]] = {
   "shared": _shared,
   "smollm2": _smollm2,
   "stories": _stories,
+  "tmpfs": _tmpfs,
   "torch": _module("torch"),
   "transformers": _module("transformers"),
 }

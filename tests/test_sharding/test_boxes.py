@@ -154,9 +154,8 @@ def test_device_put_by_flax_shardings(case, adapted):
   np.testing.assert_array_equal(pelt.bypass(case.module.apply)({"params": placed}, case.x), wanted)
 
 
-def test_get_sharding_names_the_mesh(case, adapted):
-  if case.module.boxed == "logical":
-    pytest.skip("logical names are no mesh axes")
+@pytest.mark.parametrize("case", [("mesh", True)], ids=str, indirect=True)
+def test_get_sharding_names_the_mesh(case, adapted):  # logical names are no axes of a mesh
   mesh = jax.make_mesh(
     (1, 1, 1), ("layers", "embed", "mlp"), axis_types=(jax.sharding.AxisType.Auto,) * 3
   )

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from pelt_jax import training
 
@@ -110,7 +111,6 @@ CHAT = (
 @pytest.fixture
 def chat(tmp_path):
   """A tokenizer of words with a chat template."""
-  tokenizers = pytest.importorskip("tokenizers")
   words = ["<pad>", "<unk>", "<user>", "<assistant>", "|end|", "hi", "there", "yes", ".", "why"]
   vocabulary = {word: i for i, word in enumerate([*words, "no"])}
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
