@@ -20,6 +20,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("pelt_jax", "tests.support.checked")
 
 
+collect_ignore = ["test_interop/make_values.py"]  # a script that needs torch
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
   """The folder of real data sets beside the repository."""
