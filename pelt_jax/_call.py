@@ -55,7 +55,6 @@ class Frame:
   key: Callable[[str], jax.Array | None]
   sow: Callable[[str, jax.Array], None]
   count: int = 0
-  owner: bool = False
   seen: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
   def bound(self) -> dict[str, Any]:
@@ -87,7 +86,6 @@ class Context:
   rows: Any = None
   train: bool | None = None
   record: tuple[str, ...] = ()
-  specs: dict[str, Any] = dataclasses.field(default_factory=dict)
   top: Frame | None = None
   counts: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
   called: set[str] = dataclasses.field(default_factory=set)

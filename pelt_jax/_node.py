@@ -312,6 +312,13 @@ def strip(value: Any) -> Any:
   return value
 
 
+def innermost(leaf: Any) -> Any:
+  """What lies below all weight nodes of a leaf: an array, in its box if it has one."""
+  while isinstance(leaf, Weight):
+    leaf = leaf.inner
+  return leaf
+
+
 def unbox(tree: Any) -> Any:
   """Strips partitioning boxes from a tree and inside its nodes, and keeps the nodes.
 

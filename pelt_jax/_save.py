@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from pelt_jax._node import REGISTRY, Node, Weight, get_at, strip, update_at, walk
+from pelt_jax._node import REGISTRY, Node, get_at, innermost, strip, update_at, walk
 
 _INDEX = "adapter.json"
 _VERSION = 1
@@ -200,8 +200,7 @@ def _build(node: dict, path: str, arrays: dict, below: Any) -> Node:
 
 
 def _box(below: Any) -> Any:
-  while isinstance(below, Weight):
-    below = below.inner
+  below = innermost(below)
   if not meta.is_axis_metadata(below):
     raise ValueError(
       "the adapter was saved from boxed params; pass a base boxed likewise, or save unboxed"

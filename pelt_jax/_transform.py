@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from flax.core import meta
 
-from pelt_jax._node import BYPASS, Bypass, Chain, Node, Weight, get_at, strip, update_at
+from pelt_jax._node import BYPASS, Bypass, Chain, Node, Weight, get_at, innermost, strip, update_at
 from pelt_jax._site import Site
 from pelt_jax.nodes._tuned import Guard
 
@@ -118,8 +118,7 @@ def like_box(leaf: Any, value: jax.Array, names: tuple[str | None, ...]) -> Any:
 
   A tree without boxes stays without; one with boxes has one round every array.
   """
-  while isinstance(leaf, Weight):
-    leaf = leaf.inner
+  leaf = innermost(leaf)
   if not meta.is_axis_metadata(leaf):
     return value
   return leaf.replace(value=value, names=names)
@@ -127,8 +126,7 @@ def like_box(leaf: Any, value: jax.Array, names: tuple[str | None, ...]) -> Any:
 
 def box_names(leaf: Any, ndim: int) -> tuple[str | None, ...]:
   """The axis names of the box round a base leaf, Nones where there is none."""
-  while isinstance(leaf, Weight):
-    leaf = leaf.inner
+  leaf = innermost(leaf)
   return tuple(leaf.names) if meta.is_axis_metadata(leaf) else (None,) * ndim
 
 

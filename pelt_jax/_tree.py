@@ -17,6 +17,7 @@ from pelt_jax._node import (
   Node,
   Weight,
   every_node,
+  innermost,
   map_arrays,
   strip,
   unbox,
@@ -163,28 +164,22 @@ def merge(params: Mapping[str, Any]) -> dict:
   Raises:
     ValueError: listing every path that cannot be merged, and why.
   """
-  stuck = []
-  for path, value in walk(fold(params)):
+  stuck, params = [], fold(params)
+  for path, value in walk(params):
     if isinstance(value, Bypass):
       stuck.append(f"{path}: {type(value).__name__} wraps a module call")
     elif isinstance(value, Weight) and (why := value.unmergeable()):
       stuck.append(f"{path}: {why}")
   if stuck:
     raise ValueError("these nodes cannot be merged into plain params:\n  " + "\n  ".join(stuck))
-  return _map_nodes(_plain, fold(params))
+  return _map_nodes(_plain, params)
 
 
 def _plain(value: Any) -> Any:
   if not isinstance(value, Weight):
     return value
-  box: Any = value
-  while isinstance(box, Weight):
-    box = box.inner
-  return (
-    meta.replace_boxed(box, value.materialize())
-    if meta.is_axis_metadata(box)
-    else value.materialize()
-  )
+  box, plain = innermost(value), value.materialize()
+  return meta.replace_boxed(box, plain) if meta.is_axis_metadata(box) else plain
 
 
 def _map_nodes(fn: Callable, tree: Any) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
+from pelt_jax._node import walk
 from pelt_jax.models import _bert, _llama
 from pelt_jax.models._config import Config, DecoderConfig, read_config
 from pelt_jax.models._layers import stack_layers, to_looped
@@ -254,7 +255,7 @@ def _reader(
   model: nn.Module, entries: Mapping[str, Entry], key: jax.Array, folder: Path
 ) -> dict[str, Callable[[], np.ndarray]]:
   """Looped path -> a function that reads that tensor, after all names and shapes were checked."""
-  expected = flatten(abstract_params(model.clone(scan=False)))
+  expected = dict(walk(abstract_params(model.clone(scan=False))))
   prefix = f"{model.prefix}." if model.prefix else ""
   readers: dict[str, Callable[[], np.ndarray]] = {}
   used, problems, fresh = set(), [], []
@@ -327,7 +328,7 @@ def _assemble(
 ) -> dict[str, Any]:
   """Reads leaf after leaf; a scanned leaf is stacked before the next one is read."""
   out: dict[str, Any] = {}
-  for path in flatten(abstract_params(model)):
+  for path, _ in walk(abstract_params(model)):
     names = _looped_paths(model, path)
     if names[0] not in read:
       continue
@@ -346,7 +347,7 @@ def _load_with_transform(
 
   looped = model.clone(scan=False)
   shapes: dict[str, Any] = {}
-  for path, leaf in flatten(abstract_params(looped)).items():
+  for path, leaf in walk(abstract_params(looped)):
     if path in read:
       insert(shapes, path, leaf)
   values = transformed(looped, shapes, read, transform, key)
@@ -384,14 +385,6 @@ def _is_kernel(path: str) -> bool:
   return path.endswith("/kernel")
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """A nested dict as {path: leaf}; whatever is no dict is a leaf."""
-  out: dict[str, Any] = {}
-  for k, v in tree.items():
-    out |= flatten(v, f"{prefix}{k}/") if isinstance(v, Mapping) else {prefix + k: v}
-  return out
-
-
 def insert(tree: dict[str, Any], path: str, value: Any) -> None:
   """Puts a value at a path of a nested dict, in place."""
   *heads, last = path.split("/")
@@ -401,7 +394,7 @@ def insert(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _plain_leaves(params: Mapping[str, Any]) -> dict[str, Any]:
-  leaves = flatten(params)
+  leaves = dict(walk(params))
   for path, leaf in leaves.items():
     if isinstance(leaf, nn.Partitioned):  # a box of sharding names, not a node
       leaves[path] = leaf = leaf.unbox()
@@ -414,7 +407,7 @@ def _plain_leaves(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_tree(model: nn.Module, leaves: Mapping[str, Any]) -> None:
-  expected = flatten(abstract_params(model))
+  expected = dict(walk(abstract_params(model)))
   problems = [
     f"{p} is missing, expected shape {expected[p].shape}"
     for p in expected

@@ -16,6 +16,8 @@ import numpy as np
 from flax import linen as nn
 from jax.extend import core
 
+from pelt_jax._node import walk
+
 
 class Values:
   """The leaves and nodes of the transformed tree, computed when asked for.
@@ -93,14 +95,4 @@ def transformed(
   inputs += [lambda n=name: jnp.asarray(read[n]()) for name in names]
   flat, tree = jax.tree.flatten(out)
   numbered = jax.tree.unflatten(tree, list(range(len(flat))))
-  return Values(closed, inputs, _by_path(numbered, ""))
-
-
-def _by_path(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-  out: dict[str, Any] = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      out |= _by_path(value, f"{prefix}{name}/")
-    else:
-      out[prefix + name] = value
-  return out
+  return Values(closed, inputs, dict(walk(numbered)))
