@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import pelt_jax as pelt
 import pelt_jax.models
@@ -33,6 +34,7 @@ pelt.interop.peft.export("peft/", params, model); pelt.models.save_pretrained("m
 """  # noqa: E501
 
 
+@pytest.mark.parity  # the README's session, which runs in every suite, is nearly the same
 def test_quickstart(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   config = dict(

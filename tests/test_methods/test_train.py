@@ -105,7 +105,7 @@ def key_bias_gradient(config):
     trainable, frozen = pelt.partition(params)
     apply = pelt.bypass(model.apply)
     objective = lambda p: jnp.sum(jnp.sin(apply({"params": p}, IDS)))
-    grads = pelt.value_and_grad(objective)(trainable, frozen)[1]
+    grads = jax.jit(pelt.value_and_grad(objective))(trainable, frozen)[1]
     sizes = {jax.tree_util.keystr(p): float(jnp.abs(g).max())
              for p, g in jax.tree_util.tree_leaves_with_path(grads)}  # fmt: skip
     worst = lambda name: max(v for k, v in sizes.items() if name in k)

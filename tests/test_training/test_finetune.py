@@ -24,6 +24,7 @@ SENTIMENT = [("the film is very good .", "pos"), ("the plot is not good .", "neg
 ENTITIES = (
   "Ada\tB-person\nwent\tO\nto\tO\nOslo\tB-place\n\nthe\tO\nfilm\tO\nsees\tO\nAda\tB-person\n"
 )
+LONG = pytest.mark.parity
 CHAT = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
 
 
@@ -81,7 +82,9 @@ def check_report(report, out, metric, head):
   assert report["time"]["total_s"] > report["time"]["compile_s"] > 0
 
 
-@pytest.mark.parametrize("method", ["full", "bitfit", "lora"])
+@pytest.mark.parametrize(
+  "method", [pytest.param(m, marks=LONG) for m in ("full", "bitfit")] + ["lora"]
+)
 def test_classification(finetune, bert, tmp_path, method):
   data = sentiment(tmp_path)
   argv = arguments(tmp_path, bert, data, "classification", method=method, steps=30, lr=0.02)
@@ -131,7 +134,7 @@ def test_tagging(finetune, bert, tmp_path):
   assert labels == ["B-person", "B-place", "O"]
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=LONG), True])
 def test_plain_text(finetune, llama, tmp_path, scan):
   data = tmp_path / "data.txt"
   data.write_text("the cat sat on the mat. " * 20)
@@ -156,6 +159,7 @@ def test_chat(finetune, llama, tmp_path):
   assert report["metric"]["after"] < report["metric"]["before"]
 
 
+@LONG
 def test_a_stopped_run_goes_on_to_the_same_bits(finetune, bert, tmp_path, monkeypatch):
   data = sentiment(tmp_path)
   options = {"steps": 8, "set": "dropout=0.2", "batch": 9}  # two batches an epoch
@@ -264,7 +268,7 @@ MESH = """
 """
 
 
-@pytest.mark.parity
+@LONG
 def test_a_mesh_gives_the_losses_of_one_device(llama, tmp_path):
   data = tmp_path / "data.txt"
   data.write_text("the cat sat on the mat. " * 20)
@@ -293,6 +297,7 @@ def test_options_take_the_types_of_the_signature(finetune):
   assert isinstance(read("alpha=16")["alpha"], float)
 
 
+@LONG
 def test_the_demo(finetune, tmp_path, monkeypatch):
   """The demo's code paths; its model is made of a few steps here."""
   demo = importlib.import_module("demo")
