@@ -66,10 +66,15 @@ class AttentionCore(nn.Module):
     if mask is not None:
       # Finite, so that a row which may look nowhere (padding) is a mean and not NaN.
       scores = jnp.where(_grouped(mask, groups), scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    # The weights are normalised after they have met v: (T, D) numbers to divide and not (T, S).
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = jnp.moveaxis(jnp.sum(weights, axis=-1), -1, 1)[..., None]
+    weights = weights.astype(v.dtype)
     if self.dropout:
       weights = nn.Dropout(self.dropout, name="dropout")(weights, deterministic=deterministic)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, v)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=wide)
+    out = (out / total).astype(q.dtype)
     return out.reshape(batch, length, heads, width)
 
 

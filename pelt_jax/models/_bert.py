@@ -132,7 +132,9 @@ class BertIntermediate(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     c = self.config
-    return activation(c.hidden_act)(_dense(c, self.dtype, c.intermediate_size, "dense")(x))
+    return jax.checkpoint(activation(c.hidden_act))(
+      _dense(c, self.dtype, c.intermediate_size, "dense")(x)
+    )
 
 
 class BertLayer(nn.Module):

@@ -29,7 +29,7 @@ from pelt_jax.models._loss import chunked_losses
 ACTIVATIONS = {
   "silu": jax.nn.silu,
   "relu": jax.nn.relu,
-  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu": lambda x: x * (0.5 * (1 + jax.lax.erf(x * 0.5**0.5))),
   "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
   "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
@@ -128,9 +128,9 @@ class LlamaMLP(nn.Module):
     c = self.config
     gate = _dense(c, self.dtype, c.intermediate_size, c.mlp_bias, "gate_proj")(x)
     up = _dense(c, self.dtype, c.intermediate_size, c.mlp_bias, "up_proj")(x)
-    return _dense(c, self.dtype, c.hidden_size, c.mlp_bias, "down_proj")(
-      activation(c.hidden_act)(gate) * up
-    )
+    # The backward pass computes the activation again: of the three wide arrays two are kept.
+    h = jax.checkpoint(lambda gate, up: activation(c.hidden_act)(gate) * up)(gate, up)
+    return _dense(c, self.dtype, c.hidden_size, c.mlp_bias, "down_proj")(h)
 
 
 class LlamaLayer(nn.Module):
