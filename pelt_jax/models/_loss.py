@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import lift
+from jax.custom_derivatives import SymbolicZero
 
 from pelt_jax.models._attention import Array, at_least_float32
 
@@ -38,8 +41,11 @@ def chunked_losses(
 ) -> Array:
   """`token_losses(head(module, x), labels)`, computed over chunks of positions.
 
-  The backward pass computes each chunk's logits again, so at most about `chunk` rows of logits
-  exist at a time. Chunks cut the sequence and not the batch, which may be split over devices.
+  At most about `chunk` rows of logits exist at a time. Chunks cut the sequence and not the batch,
+  which may be split over devices. A frozen head costs nothing more than its two products: a chunk's
+  gradient in x is made while its logits are there. Where the head trains, or its adapter does, the
+  backward pass computes the logits again. Derivatives in forward mode (`jax.jvp`) are not defined
+  for several chunks.
 
   Args:
     module: the bound module that owns the head's parameters.
@@ -63,15 +69,72 @@ def chunked_losses(
   labels = jnp.pad(labels, padding, constant_values=IGNORED).reshape(batch, steps, size)
 
   def body(module: nn.Module, _: None, xs: tuple[Array, Array]) -> tuple[None, Array]:
-    return None, token_losses(head(module, xs[0]), xs[1])
+    return None, one_chunk(module, *xs)
 
+  def losses(module: nn.Module, x: Array, labels: Array) -> Array:
+    return token_losses(head(module, x), labels)
+
+  one_chunk = nn.transforms.lift_transform(_gradient_with_loss, losses)
   scan = nn.scan(
-    nn.remat(body, prevent_cse=False),
+    body,
     variable_broadcast="params",
     variable_axes={"intermediates": 0},
     split_rngs={"params": False, "dropout": True},
     in_axes=1,
     out_axes=1,
   )
-  _, losses = scan(module, None, (x, labels))
-  return losses.reshape(batch, steps * size)[:, :length]
+  _, out = scan(module, None, (x, labels))
+  return out.reshape(batch, steps * size)[:, :length]
+
+
+def _gradient_with_loss(losses: Callable) -> Callable:
+  """A lifted `losses(scope, x, labels)`: with frozen variables, x's gradient is made forwards.
+
+  Position t's loss reads x[:, t] alone, so its gradient is the cotangent's entry times what a
+  cotangent of ones gives.
+  """
+
+  def inner(scope_fn, repack_fn, variables, rngs, x, labels):
+    def run(variables, rngs, x, labels):
+      scope = scope_fn(variables, rngs)
+      return losses(scope, x, labels), repack_fn(scope)
+
+    # Traced once: a module that counts its calls, as dropout does, would differ the second time.
+    program, shapes = jax.make_jaxpr(run, return_shape=True)(variables, rngs, x, labels)
+    read = {v for eqn in program.eqns for v in eqn.invars if not hasattr(v, "val")}
+    slots = program.jaxpr.invars[:-2]  # of variables and keys; all of the module's, few are read
+    given = zip(slots, jax.tree.leaves((variables, rngs)), strict=True)
+    weights = [value for slot, value in given if slot in read] + program.consts
+
+    def evaluate(weights, x, labels):
+      left = iter(weights)
+      blank = lambda aval: jnp.zeros(aval.shape, aval.dtype)
+      values = [next(left) if slot in read else blank(slot.aval) for slot in slots]
+      closed = jax.extend.core.ClosedJaxpr(program.jaxpr, list(left))
+      out = jax.extend.core.jaxpr_as_fun(closed)(*values, x, labels)
+      return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+    def forward(weights, x, labels):
+      trains = any(w.perturbed for w in weights)
+      weights, x, labels = [w.value for w in weights], x.value, labels.value
+      if trains:
+        return evaluate(weights, x, labels), (None, (weights, x, labels))
+      out, pull, rest = jax.vjp(lambda x: evaluate(weights, x, labels), x, has_aux=True)
+      return (out, rest), (pull(jnp.ones_like(out))[0], None)
+
+    def backward(kept, cotangents):
+      gradient, inputs = kept
+      ct = cotangents[0]  # what a chunk records has no gradient
+      if isinstance(ct, SymbolicZero):
+        ct = jnp.zeros(ct.aval.shape, ct.aval.dtype)
+      if inputs is None:
+        return None, jnp.asarray(gradient * ct[..., None], gradient.dtype), None
+      weights, x, labels = inputs
+      _, pull, _ = jax.vjp(lambda w, x: evaluate(w, x, labels), weights, x, has_aux=True)
+      return *pull(ct), None
+
+    chunk = jax.custom_vjp(evaluate)
+    chunk.defvjp(forward, backward, symbolic_zeros=True)
+    return chunk(weights, x, labels)
+
+  return lift.pack(inner, (True,), (True,), (True,), name="gradient_with_loss")

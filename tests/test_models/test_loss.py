@@ -90,6 +90,83 @@ def test_full_logits_never_exist():
   assert plain_bytes - chunked_bytes > 4 * (full - 4 * chunk * 4096)
 
 
+def products_with(size, jaxpr):
+  """How many products in the program touch an axis of that size."""
+  count = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      count += any(size in v.aval.shape for v in (*eqn.invars, *eqn.outvars))
+    for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+      inner = getattr(value, "jaxpr", value)
+      count += products_with(size, inner) if hasattr(inner, "eqns") else 0
+  return count
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # own head, tied head
+def test_a_frozen_head_is_not_computed_again(name):
+  model, params = built(name, "lm")
+  ids, labels = tokens(3, 11), tokens(3, 11, seed=1)
+  labels[0, :4] = -100
+  sites = pelt.sites(model, ids)
+
+  def step(method, chunk):
+    trainable, frozen = pelt.partition(method.init(jax.random.key(0), params, sites))
+    trainable = jax.tree.map(lambda x: x + 0.1, trainable)  # b starts at zero, a's gradient too
+    apply = pelt.bypass(model.clone(loss_chunk=chunk).apply)
+    weights = jnp.linspace(0, 1, 33, dtype=jnp.float32).reshape(3, 11)  # no two cotangents alike
+    loss = lambda p: (apply({"params": p}, ids, labels=labels) * weights).sum()
+    run = lambda t, f: pelt.value_and_grad(loss)(t, f)
+    return jax.jit(run)(trainable, frozen), products_with(
+      VOCAB, jax.make_jaxpr(run)(trainable, frozen).jaxpr
+    )
+
+  lora = pelt.lora(rank=2, targets=("query", "value"))
+  (want, gradient), _ = step(lora, 10**6)
+  (got, other), products = step(lora, 10)
+  close(got, want, 2e-6)
+  trees_close(other, gradient, 1e-5)
+  assert products == 2  # the logits, and their gradient in x
+
+  target = "lm_head" if name == "llama" else "embed_tokens"
+  (want, gradient), _ = step(pelt.train(target), 10**6)
+  (got, other), products = step(pelt.train(target), 10)
+  close(got, want, 2e-6)
+  trees_close(other, gradient, 1e-5)
+  assert products == 4  # the logits twice, their gradients in x and in the head
+
+
+def test_dropout_at_the_head_is_the_same_both_ways():
+  model, params = built("llama", "lm")
+  ids = tokens(2, 8)
+  method = pelt.chain(
+    pelt.lora(rank=2, targets="head", dropout=0.5), pelt.lora(rank=2, targets="query")
+  )
+  params = method.init(jax.random.key(0), params, pelt.sites(model, ids))
+  trainable, frozen = pelt.partition(params)
+  trainable = jax.tree.map(lambda x: x + 0.1, trainable)
+  apply = pelt.bypass(model.clone(loss_chunk=4).apply)
+
+  def loss(trainable):
+    out = apply(
+      {"params": pelt.combine(trainable, frozen)},
+      ids,
+      labels=ids,
+      deterministic=False,
+      rngs={"dropout": jax.random.key(1)},
+    )
+    return out.sum()
+
+  # Along the gradient the loss rises by its squared norm, if both passes drop the same entries.
+  gradient = jax.grad(loss)(trainable)
+  norm = sum(float(jnp.vdot(g, g)) for g in jax.tree.leaves(gradient))
+  size = 1e-2 / norm**0.5
+  moved = [
+    float(loss(jax.tree.map(lambda t, g, s=s: t + s * size * g, trainable, gradient)))
+    for s in (-1, 1)
+  ]
+  assert abs((moved[1] - moved[0]) / (2 * size * norm) - 1) < 1e-2
+
+
 def test_nodes_at_the_head_run_in_every_chunk():
   model, params = built("llama", "lm")
   ids = tokens(2, 8)
