@@ -40,6 +40,8 @@ class Guard(Weight):
 
   base: Any = base()
 
+  outermost = True
+
   def materialize(self) -> jax.Array:
     self._check()
     return materialize(self.base)
