@@ -135,7 +135,9 @@ def find(sites: tuple[Site, ...], targets: Targets, *, kind: str, layers=None) -
     raise TypeError(f"sites must be what pelt.sites(model, ...) returned, got {type(sites)}")
   found: dict[str, Target] = {}
   for target in targets:
-    hits = [t for s in sites if s.kind == kind for t in [_hit(s, target)] if t is not None]
+    # A role's name may also be that of leaves ("embedding"): then it means the role.
+    by_role = any(served.role == target for s in sites for served in s.roles)
+    hits = [t for s in sites if s.kind == kind for t in [_hit(s, target, by_role)] if t]
     if not hits:
       raise ValueError(_nothing(sites, target, kind))
     for hit in hits:
@@ -144,7 +146,7 @@ def find(sites: tuple[Site, ...], targets: Targets, *, kind: str, layers=None) -
   return picked if layers is None else _of_layers(picked, tuple(layers), targets)
 
 
-def _hit(site: Site, target: str) -> Target | None:
+def _hit(site: Site, target: str, by_role: bool) -> Target | None:
   if target == "all-linear":
     linear = site.kind == "leaf" and any(e != "lookup" for e in site.equations)
     apart = {"head", "embedding"} & {s.role for s in site.roles}
@@ -152,6 +154,8 @@ def _hit(site: Site, target: str) -> Target | None:
   for served in site.roles:
     if served.role == target:
       return Target(site, served)
+  if by_role:
+    return None
   if matches(target, site.path) or (site.kind == "leaf" and matches(target, site.parent)):
     return Target(site, None)
   return None

@@ -341,6 +341,22 @@ def test_shared_scope_and_super_run_the_node_once():
 # Errors, never silent no-ops.
 
 
+def test_a_role_named_like_leaves_means_the_role():
+  class Two(nn.Module):
+    roles = {"embedding": (pelt.Role("words"),)}
+
+    @nn.compact
+    def __call__(self, ids):
+      return nn.Embed(5, 3, name="words")(ids) + nn.Embed(5, 3, name="places")(ids)
+
+  model, ids = Two(), jnp.array([[1, 2]])
+  params = model.init(jax.random.key(0), ids)["params"]
+  for roles, adapted in ((None, 1), ({}, 2)):  # without roles it is the leaves' own name
+    method = pelt.lora(rank=1, targets="embedding")
+    new = method.init(jax.random.key(1), params, pelt.sites(model, ids, roles=roles))
+    assert sum(isinstance(new[n]["embedding"], nodes.LoraWeight) for n in params) == adapted
+
+
 def test_a_target_that_matches_nothing_names_the_nearest():
   model, (ids, mask) = tiny.Model(), tiny.inputs()
   params, sites = tiny.looped_params(), pelt.sites(model, ids, mask)
