@@ -141,8 +141,8 @@ def test_normal_is_of_unit_variance():
 
 def test_vocabulary_rows_are_distinct_and_from_the_pool():
   _, base, params = prompted("llama", 10, vocabulary=12)
-  table, prompt = get_at(base, TABLES["llama"]), get_at(params, TABLES["llama"]).prompt
-  found = [int(np.flatnonzero((np.asarray(table) == row).all(axis=1))[0]) for row in prompt]
+  table, prompt = np.asarray(get_at(base, TABLES["llama"])), get_at(params, TABLES["llama"]).prompt
+  found = [int(np.flatnonzero((table == row).all(axis=1))[0]) for row in np.asarray(prompt)]
   assert len(set(found)) == 10 and max(found) < 12
 
 
