@@ -1,6 +1,6 @@
 """Any Linen model: every module kind, lifted transforms, module styles; loud errors."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -343,7 +343,7 @@ def test_shared_scope_and_super_run_the_node_once():
 
 def test_a_role_named_like_leaves_means_the_role():
   class Two(nn.Module):
-    roles = {"embedding": (pelt.Role("words"),)}
+    roles: ClassVar = {"embedding": (pelt.Role("words"),)}
 
     @nn.compact
     def __call__(self, ids):
