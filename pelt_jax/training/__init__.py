@@ -31,6 +31,8 @@ from pelt_jax.training._metrics import entity_scores as entity_scores
 from pelt_jax.training._metrics import language_scores as language_scores
 from pelt_jax.training._pack import Segment as Segment
 from pelt_jax.training._pack import pack as pack
+from pelt_jax.training._place import PLACEMENTS as PLACEMENTS
+from pelt_jax.training._place import place as place
 from pelt_jax.training._readers import TASKS as TASKS
 from pelt_jax.training._readers import DataError as DataError
 from pelt_jax.training._readers import Example as Example

@@ -113,6 +113,40 @@ def test_classification(finetune, bert, tmp_path, method):
   assert scores["accuracy"] == report["metric"]["after"]
 
 
+@pytest.mark.parametrize("placement", ["start", pytest.param("end", marks=LONG)])
+def test_prompt_tuning(finetune, bert, tmp_path, placement):
+  data = sentiment(tmp_path)
+  report = finetune.main(
+    arguments(
+      tmp_path,
+      bert,
+      data,
+      "classification",
+      method="prompt_tuning",
+      set="length=3",
+      placement=placement,
+    )
+  )
+  out, counts = tmp_path / "out", report["parameters"]
+  check_report(report, out, "accuracy", 16 * 2 + 2)
+  assert counts["trainable"] == counts["stored"] == 3 * 16
+  model, base = models.from_pretrained(
+    bert, task="classification", num_labels=2, key=jax.random.key(0)
+  )
+  params = pelt.load(out / "adapter", base)
+  rows = training.encode(
+    training.read(data, "classification"),
+    training.load_tokenizer(bert),
+    "classification",
+    labels=("neg", "pos"),
+    virtual=pelt.virtual_tokens(params),
+    placement=placement,
+  )
+  assert len(rows.rows[0]["input_ids"]) == 3 + 8  # six words between [CLS] and [SEP]
+  scores = training.evaluate(pelt.bypass(model.apply), params, rows, 4)
+  assert scores["loss"] == pytest.approx(report["scores"]["after"]["loss"], rel=1e-5)
+
+
 def test_an_adapter_for_another_base_is_refused(finetune, bert, tmp_path):
   finetune.main(arguments(tmp_path, bert, sentiment(tmp_path), "classification", steps=1))
   (tmp_path / "other").mkdir()
