@@ -15,6 +15,7 @@ from pelt_jax._site import Role
 from pelt_jax.models._attention import (
   Array,
   AttentionCore,
+  Positions,
   at_least_float32,
   causal_mask,
   padding_mask,
@@ -184,6 +185,7 @@ class _Decoder(nn.Module):
       "ffn_out": (Role("mlp/down_proj"),),
       "ffn": (Role("mlp", "after", "in"),),
       "attention": (Role("self_attn/core", "prefix"),),
+      "positions": (Role("positions", "before"),),
       "embedding": (Role("embed_tokens"),),
       "norm": (
         Role("input_layernorm"),
@@ -260,6 +262,7 @@ class LlamaModel(_Decoder):
       extra = valid[:, None, None, :]
       if position_ids is None:
         position_ids = jax.lax.dynamic_slice_in_dim(_count(valid), index, length, axis=1)
+    position_ids = Positions(name="positions")(position_ids)
     cos, sin = rope_tables(c.rope, c.head_dim, position_ids, self.dtype)
     masks = {w: causal_mask(queries, keys, w, (extra,)) for w in dict.fromkeys(c.windows)}
 
