@@ -92,6 +92,33 @@ class Context:
   ran: set[str] = dataclasses.field(default_factory=set)
   in_setup: bool = False
 
+  def training(self) -> bool:
+    """`train` if given, else the nearest deterministic/train argument or field, else False."""
+    if self.train is not None:
+      return self.train
+    for frame in self.top.climb() if self.top is not None else ():
+      bound = frame.bound()
+      for name, inverted in _TRAIN_NAMES:
+        for value in (bound.get(name), getattr(frame.module, name, None)):
+          flag = _flag(name, value)
+          if flag is not None:
+            return flag != inverted
+    return False
+
+
+def _flag(name: str, value: Any) -> bool | None:
+  """A flag as a bool, None if the value is none."""
+  if isinstance(value, bool | np.bool_):
+    return bool(value)
+  if isinstance(value, jax.Array) and value.dtype == jnp.bool_ and value.ndim == 0:
+    if isinstance(value, Tracer):
+      raise ValueError(
+        f"{name} is traced, so nodes cannot tell training from evaluation: pass "
+        "train_nodes=True or False to the bypass, or make the argument static"
+      )
+    return bool(value)
+  return None
+
 
 def active() -> Context | None:
   """The context of the bypass being traced, or None outside one."""
@@ -182,15 +209,7 @@ class Call:
   @property
   def train(self) -> bool:
     """`train_nodes` if given, else the nearest deterministic/train argument, else False."""
-    if self.context.train is not None:
-      return self.context.train
-    for frame in self.frame.climb():
-      bound = frame.bound()
-      for name, inverted in _TRAIN_NAMES:
-        for value in (bound.get(name), getattr(frame.module, name, None)):
-          if isinstance(value, bool):
-            return value != inverted
-    return False
+    return dataclasses.replace(self.context, top=self.frame).training()
 
   def rng(self, stream: str = "dropout") -> jax.Array:
     """A key for this node and call, folded from the enclosing stream, whose counter stays.

@@ -164,11 +164,15 @@ def _interceptor(context: Context, listen: Callable | None = None) -> Callable:
       sow=functools.partial(_sow, module),
     )
     # share_scope and super(): the outermost call of a path owns its node
-    owned = any(f.path == path and f.method == method for f in frame.climb() if f is not frame)
+    outer = (f for f in frame.climb() if f is not frame)
+    owner = next((f for f in outer if f.path == path and f.method == method), None)
+    owned = owner is not None
     leaves = module.scope.variables().get("params", {})
     node = leaves.get(BYPASS)
     node = node if isinstance(node, Bypass) and not owned and method == "__call__" else None
-    if not owned:
+    if owner is not None:
+      frame.count = owner.count
+    else:
       context.called.add(path)
       frame.count = context.counts.get((path, method), 0)
       context.counts[path, method] = frame.count + 1

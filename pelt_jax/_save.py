@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from pelt_jax._node import REGISTRY, Node, get_at, innermost, strip, update_at, walk
+from pelt_jax._node import REGISTRY, Node, Weight, get_at, innermost, strip, update_at, walk
 
 _INDEX = "adapter.json"
 _VERSION = 1
@@ -93,6 +93,13 @@ def load(folder: str | os.PathLike, base: dict) -> dict:
   built = {
     path: _build(node, path, arrays, get_at(base, path)) for path, node in index["nodes"].items()
   }
+  for path, node in built.items():
+    below = get_at(base, path)
+    if below is not None and isinstance(node, Weight) and node.shape != strip(below).shape:
+      raise ValueError(
+        f"{folder} was saved for another base: its {path!r} has shape {node.shape}, here it has "
+        f"{strip(below).shape}"
+      )
   return update_at(base, built)
 
 

@@ -38,19 +38,21 @@ def bitfit(targets: Targets = "*", *, layers: Iterable[int] | None = None) -> Tr
 
   def init(key: Any, params: dict, sites: tuple[Site, ...]) -> dict:
     missing = ValueError(
-      f"bitfit trains biases, and of {targets!r} this model has none that is free (models such as "
-      "Llama and T5 have no biases): use another method"
+      f"bitfit trains biases, and of {targets!r} this model has none that is free outside its head "
+      "(models such as Llama and T5 have no biases): use another method"
     )
     if not any(s.kind == "leaf" and s.name == "bias" for s in sites):
       raise missing
-    leaves = claimed(sites, "bias" if targets in ("*", ("*",)) else targets, layers)
+    everywhere = targets in ("*", ("*",))
+    leaves = claimed(sites, "bias" if everywhere else targets, layers)
     found = {s: require(params, s) for s in leaves if s.name == "bias"}
     changes = {
       s.path: over(leaf, lambda v, s=s: _tuned(v, s, "trainable"))
       for s, leaf in found.items()
       if _is_free(leaf)
     }
-    if not changes:
+    head = {s.path for s in found if any(r.role == "head" for r in s.roles)}
+    if not set(changes) - (head if everywhere else set()):
       raise missing
     return update_at(params, changes)
 

@@ -12,7 +12,7 @@ from pelt_jax._node import Weight, strip, update_at
 from pelt_jax._site import Site, Target, Targets, find, matches
 from pelt_jax._transform import Transform, box_names, like_box, over, require, site_key
 from pelt_jax.nodes import Dropout, FusedLora, LoraWeight, Tuned
-from pelt_jax.nodes._lora import lora_axes
+from pelt_jax.nodes._lora import lora_axes, matrix_sizes
 
 INITS = ("kaiming", "gaussian")
 
@@ -37,7 +37,9 @@ def lora(
   scaling = alpha / rank (rsLoRA: alpha / sqrt(rank)). b is zero at first, so the model computes
   what it computed before; a is U(-1/sqrt(in), 1/sqrt(in)) as in loralib ("kaiming"; the paper says
   Gaussian) or N(0, 1/rank^2) as in PEFT ("gaussian"). In a table used by lookups the roles change:
-  a is zero and b is N(0, 1), and dropout does not act. r (in + out) parameters per matrix.
+  a is zero and b is N(0, 1), and dropout does not act. r (in + out) parameters per matrix. A kernel
+  that its module only reads (a convolution's, raw experts) is a batch of matrices, its last two
+  axes each: a pair for every leading index.
 
   Args:
     rank: rank of the change, at least 1.
@@ -93,10 +95,17 @@ def lora(
     r = _first(ranks, site, rank)
     a = _first(alphas, site, alpha)
     a = float(r) if a is None else float(a)
-    if r > min(site.shape[-2:]) and min(site.shape[-2:]) > 0:
+    sizes = matrix_sizes(_axes(site), site.shape)
+    if r > min(sizes) and min(sizes) > 0:
       raise ValueError(
-        f"rank {r} exceeds the matrix at {site.path!r}, whose kernel is {site.shape}; lower rank, "
-        "or give that path its own in rank_pattern"
+        f"rank {r} exceeds the matrix at {site.path!r}, which is {sizes[0]} x {sizes[1]} (kernel "
+        f"{site.shape}); lower rank, or give that path its own in rank_pattern"
+      )
+    if dropout and not site.equations:
+      raise ValueError(
+        f"dropout={dropout}: {site.path!r} is only read by {site.module or 'its module'}, which "
+        "never hands over the input that dropout acts on. Give the module a rule (pelt.rule), "
+        "leave it out of targets, or set dropout=0"
       )
     scaling = a / (math.sqrt(r) if rslora else r)
     common = (site, leaf, key, r, scaling, dropout, init, dtype, group)
@@ -170,11 +179,15 @@ def _drawn(key: jax.Array, shape: tuple[int, ...], fan_in: int, rank: int, init:
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def _axes(site: Site) -> str:
+  """The axes of kernel and factors at a site; a table looked up is (ids, width)."""
+  if "lookup" in site.equations:
+    return lora_axes(None, 2)
+  return lora_axes(next(iter(site.equations), None), len(site.shape))
+
+
 def _lora(site, leaf, key, rank, scaling, dropout, init, dtype, group) -> LoraWeight:
-  axes = lora_axes(next((e for e in site.equations if e != "lookup"), None), len(site.shape))
-  table = "lookup" in site.equations
-  if table:
-    axes = lora_axes(None, 2)
+  axes, table = _axes(site), "lookup" in site.equations
   kernel, _, factors = axes.partition(":")
   a_axes, _, b_axes = factors.partition(",")
   r = next(c for c in a_axes if c not in kernel)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from pelt_jax._node import Node, Weight, update_at
+from pelt_jax._node import Node, Weight, strip, update_at
 from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, over, require
 from pelt_jax.nodes import Tuned
@@ -100,11 +100,13 @@ def claimed(sites: tuple[Site, ...], targets: Targets, layers: Any) -> list[Site
     below = [
       s for s in sites if s.kind == "leaf" and any(s.path.startswith(f"{m}/") for m in modules if m)
     ]
-    if below:
-      kept = below
-    else:
-      kept = [t.site for t in find(sites, target, kind="leaf")]
-    picked |= {s.path: s for s in kept}
+    try:
+      exact = [t.site for t in find(sites, target, kind="leaf")]
+    except ValueError:
+      if not below:
+        raise
+      exact = []
+    picked |= {s.path: s for s in (*below, *exact)}
   found = tuple(s for s in sites if s.path in picked)
   if layers is None:
     return list(found)
@@ -118,7 +120,9 @@ def _is_free(leaf: Any) -> bool:
 
 
 def _tuned(leaf: Any, site: Site, group: str | None) -> Tuned:
-  return Tuned(leaf, group=group, stacked=len(site.stacked))
+  dtype = strip(leaf).dtype
+  kind = str(dtype) if dtype.itemsize < 4 else None  # a float32 master may take its place
+  return Tuned(leaf, kind=kind, group=group, stacked=len(site.stacked))
 
 
 def _names_exactly(targets: Targets, site: Site) -> bool:

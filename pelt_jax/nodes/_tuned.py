@@ -1,31 +1,52 @@
 """Leaves that train as they are, and the guard that keeps bypass nodes from being forgotten."""
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pelt_jax import _call
-from pelt_jax._node import Weight, base, materialize, own, product, spread, strip, table_rows
+from pelt_jax._node import (
+  Weight,
+  base,
+  materialize,
+  own,
+  product,
+  spread,
+  static,
+  strip,
+  table_rows,
+)
 
 
 class Tuned(Weight):
   """A plain leaf that trains: a bias, a head, or every leaf in full fine-tuning.
 
   Attributes:
-    value: the leaf, with its stacked axes.
+    value: the leaf, with its stacked axes; in training perhaps a float32 master.
+    kind: name of the leaf's own dtype, in which it computes and merges; None for the value's.
   """
 
   value: Any = own()
+  kind: str | None = static(None)
 
   @property
   def inner(self) -> Any:
     return self.value
 
+  @property
+  def dtype(self) -> Any:
+    return strip(self.value).dtype if self.kind is None else jnp.dtype(self.kind)
+
   def materialize(self) -> jax.Array:
-    return strip(self.value)
+    value = strip(self.value)
+    return value if self.kind is None else jnp.asarray(value, self.dtype)
 
   def rank(self) -> int:
-    return min(self.shape[-2:]) if self.ndim - self.stacked >= 2 else 1
+    shape = self.shape[self.stacked :]  # which axes are inputs is not known: the largest bound
+    cuts = (min(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape)))
+    return max(cuts, default=1)
 
   def specs(self, spec: tuple, tensor: tuple) -> "Tuned":
     return self.replace(value=jax.sharding.PartitionSpec(*spec))

@@ -188,10 +188,10 @@ def restrict(logits: Array, top_k: int | None, top_p: Array | float | None) -> A
     least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
     logits = jnp.where(logits < least, -jnp.inf, logits)
   if top_p is not None:
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     # A token stays if those before it do not yet make up top_p; the best one always does.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits < least, -jnp.inf, logits)
+    kept = jnp.take_along_axis(before < top_p, jnp.argsort(order, axis=-1), axis=-1)
+    logits = jnp.where(kept, logits, -jnp.inf)
   return logits

@@ -1,5 +1,6 @@
 """Full fine-tuning, parts of it and BitFit, on reference models."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +91,71 @@ def test_bias_free_model_is_refused():
     abstract(LLAMA, pelt.bitfit())
   with pytest.raises(ValueError, match="no biases|none that is free|matches"):
     abstract(LLAMA, pelt.bitfit("query"))
+
+
+def test_a_head_with_the_only_biases_is_not_trained_in_silence():
+  config = LLAMA | {"attention_bias": False}
+  for task in ("tagging", "classification"):
+    model = pelt.models.from_config(config, task=task, num_labels=2)
+    shapes = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), IDS))["params"]
+    sites = pelt.sites(model, IDS)
+    init = lambda m, p=shapes, s=sites: jax.eval_shape(lambda k: m.init(k, p, s), jax.random.key(0))
+    for method in (
+      pelt.bitfit(),
+      pelt.chain(pelt.bitfit(), pelt.train("head")),
+      pelt.chain(pelt.train("head"), pelt.bitfit()),
+    ):
+      with pytest.raises(ValueError, match="none that is free outside its head"):
+        init(method)
+
+
+def test_bert_base_counts():
+  whole = abstract({"model_type": "bert"}, pelt.bitfit())
+  # Without the classifier's 2 * 768 + 2: 0.094 %.
+  assert whole.total - 1538 == 109_482_240
+  assert round(100 * whole.trainable / 109_482_240, 3) == 0.094
+
+
+def test_leaves_of_a_module_itself_and_below_it():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(3, name="d")(x + self.param("cls", nn.initializers.ones, (4,))[None])
+
+  x = jnp.ones((2, 4))
+  params = Model().init(jax.random.key(0), x)["params"]
+  sites = pelt.sites(Model(), x)
+  assert pelt.count(pelt.train("*").init(jax.random.key(0), params, sites)).trainable == 19
+  assert pelt.count(pelt.full().init(jax.random.key(0), params, sites)).trainable == 19
+
+  class Outer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return Model(name="enc")(x)
+
+  params = Outer().init(jax.random.key(0), x)["params"]
+  sites = pelt.sites(Outer(), x)
+  assert pelt.count(pelt.train("enc/*").init(jax.random.key(0), params, sites)).trainable == 19
+
+
+def test_the_rank_of_a_trained_matrix_is_bounded_by_its_sides():
+  model, x = nn.DenseGeneral((2, 64)), jnp.ones((2, 64))
+  params = model.init(jax.random.key(0), x)["params"]
+  trained = pelt.train("kernel").init(jax.random.key(0), params, pelt.sites(model, x))
+  assert pelt.count(trained).rank == 64  # not 2, the number of heads
+
+
+def test_half_precision_leaves_compute_and_merge_in_their_dtype():
+  """A float32 master trains; the model around it sees the leaf's own dtype."""
+  model = nn.Dense(3, param_dtype=jnp.bfloat16)
+  x = jnp.ones((2, 4), jnp.bfloat16)
+  params = model.init(jax.random.key(0), x)["params"]
+  trained = pelt.full().init(jax.random.key(0), params, pelt.sites(model, x))
+  master = jax.tree.map(lambda v: v.astype(jnp.float32) + 1e-4, trained)
+  assert master["kernel"].value.dtype == jnp.float32
+  assert pelt.bypass(model.apply)({"params": master}, x).dtype == jnp.bfloat16
+  merged = pelt.merge(master)
+  assert merged["kernel"].dtype == merged["bias"].dtype == jnp.bfloat16
 
 
 def key_bias_gradient(config):

@@ -87,6 +87,26 @@ def test_dropout_acts_on_the_weights_only_when_told():
   assert not np.allclose(dropped, plain)
 
 
+def test_dropped_weights_are_those_of_the_softmax():
+  """out = (w / keep) v with w the softmax over all keys: what is dropped is not renormalised."""
+  q, k, _ = qkv(1, 1)
+  v = jnp.ones_like(k)
+  weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5, axis=-1)
+  core, sums = AttentionCore(dropout=0.5), set()
+  for seed in range(30):
+    rngs = {"dropout": jax.random.key(seed)}
+    out = core.apply({}, q, k, v, deterministic=False, rngs=rngs)
+    sums.add(round(float(out[0, 0, 0, 0]), 4))
+  row = np.asarray(weights[0, 0, 0])
+  possible = {round(2 * float(row[list(some)].sum()), 4) for some in subsets(len(row))}
+  near = lambda s: min(abs(s - p) for p in possible) < 2e-4
+  assert len(sums) > 3 and all(map(near, sums))  # renormalised, every sum would be 1
+
+
+def subsets(n):
+  return [[i for i in range(n) if code >> i & 1] for code in range(2**n)]
+
+
 def test_causal_mask_with_a_window():
   slots = jnp.arange(4)
   want = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]

@@ -93,6 +93,15 @@ def test_sampling_follows_the_key_and_the_temperature(model):
   np.testing.assert_array_equal(draw(key=jax.random.key(0), temperature=1e-4), greedy)
 
 
+def test_every_token_is_drawn_anew(model):
+  """With one key for all steps, equal distributions would give one token for ever."""
+  apply = lambda variables, ids, *args, **kwargs: (jnp.zeros((ids.shape[0], 1, 64)), {"cache": {}})
+  drawn = generate(
+    apply, model[1], tokens(1, 5), max_new_tokens=20, temperature=1.0, key=jax.random.key(0)
+  ).tokens
+  assert len(set(np.asarray(drawn)[0].tolist())) > 5
+
+
 def test_restrictions_in_closed_form():
   logits = jnp.log(jnp.array([[0.05, 0.5, 0.15, 0.3], [0.4, 0.3, 0.2, 0.1]]))
   kept = lambda *a: np.isfinite(restrict(logits, *a)).astype(int).tolist()
@@ -100,6 +109,11 @@ def test_restrictions_in_closed_form():
   assert kept(9, None) == [[1] * 4] * 2
   assert kept(None, 0.45) == [[0, 1, 0, 0], [1, 1, 0, 0]]
   assert kept(None, 0.85) == [[0, 1, 1, 1], [1, 1, 1, 0]]
+  # Ties: the fewest tokens that reach top_p, and no more because they are equal.
+  flat = jnp.zeros((1, 1000))
+  assert int(np.isfinite(restrict(flat, None, 0.1)).sum()) == 100
+  tied = jnp.log(jnp.array([[0.25, 0.5, 0.25]]))
+  assert np.isfinite(restrict(tied, None, 0.5)).astype(int).tolist() == [[0, 1, 0]]  # 0.5 is enough
   # After top_k = 2 the first row is renormalised to 5/8, 3/8.
   assert kept(2, 0.6) == [[0, 1, 0, 0], [1, 1, 0, 0]]
 

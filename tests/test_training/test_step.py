@@ -142,6 +142,24 @@ def test_parts_of_a_batch_add_up_to_the_batch():
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-14)
 
 
+def test_parts_of_a_batch_draw_apart():
+  """Equal rows in one batch of two parts: with one mask for both, the parts would be equal."""
+  seen = []
+
+  def loss(apply, params, batch, key):
+    noise = jax.random.normal(key, (2,)).sum()
+    jax.debug.callback(lambda n: seen.append(float(n)), noise)
+    return params["w"].value.sum() * batch["x"].sum(), {"weight": jnp.asarray(1.0)}
+
+  train = training.train_step(product, loss, optax.sgd(1.0), accumulate=4)
+  trainable, frozen, state = train.init(one_weight(1.0, 1.0))
+  jax.block_until_ready(
+    train.step(trainable, frozen, state, {"x": jnp.ones((4, 1))}, jax.random.key(0))
+  )
+  jax.effects_barrier()
+  assert len(seen) == 4 == len(set(seen))
+
+
 def test_adam_keeps_moments_of_what_trains_alone():
   model, params = tiny.llama()
   params = lora_params(model, params)
