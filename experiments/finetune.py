@@ -35,6 +35,8 @@ RATES = {
   "bitfit": {"classification": 2e-3, "tagging": 2e-3, "lm": 1e-3},
   "lora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4},
   "prompt_tuning": {"classification": 3e-2, "tagging": 3e-2, "lm": 1e-2},
+  "prefix_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4},
+  "p_tuning_v2": {"classification": 7e-3, "tagging": 1e-2, "lm": 5e-3},
 }
 OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4}
 METHODS = (  # those that this version has

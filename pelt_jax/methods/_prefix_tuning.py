@@ -33,8 +33,8 @@ def prefix_tuning(
 
   head = softmax(q [P_k; K]^T / sqrt(d_h)) [P_v; V]: every query sees the prefix, whatever the mask,
   and neither a projection nor a position acts on it. 2 P h d_h numbers a layer, where h counts
-  key-value heads. In training they come from one MLP, tanh(E w1 + b1) w2 + b2 with E (P, d_e), which
-  `fold` drops. Layers that play different parts (an encoder's, a decoder's own, its cross
+  key-value heads. In training they come from one MLP, tanh(E w1 + b1) w2 + b2 with E (P, d_e),
+  which `fold` drops. Layers that play different parts (an encoder's, a decoder's own, its cross
   attention) have an MLP each. A prefix is not the identity at step 0, a zero one neither.
 
   Args:

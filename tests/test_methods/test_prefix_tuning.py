@@ -50,7 +50,7 @@ def test_a_prefix_of_real_tokens_is_the_model_reading_them_first(name, scan):
 
 @pytest.mark.parametrize("name", DEEP)
 def test_the_mlp_folds_to_the_table_it_makes(name):
-  model, base, params, apply = prefixed(name, reparametrize=True, hidden=8, embed_dim=5)
+  model, _, params, apply = prefixed(name, reparametrize=True, hidden=8, embed_dim=5)
   folded = pelt.fold(params)
   assert "generators" not in folded
   ids = tokens(2, 6)
@@ -110,7 +110,7 @@ def test_permuting_the_rows_changes_nothing_and_all_queries_see_them():
 
 def test_two_equal_rows_are_one_of_twice_the_weight():
   """exp(s + ln 2) = 2 exp(s): shown on values, whose rows may differ only in their sum."""
-  model, _, params, apply = prefixed("llama", 2)
+  _, _, params, apply = prefixed("llama", 2)
   ids = tokens(2, 6)
   double = lambda x: jnp.concatenate([x, x[:, :1]], axis=1)
   twice, summed = {}, {}
@@ -148,7 +148,7 @@ def test_gating_identity():
 
 
 def test_cached_generation_equals_the_full_forward():
-  model, _, params, apply = prefixed("llama")
+  _, _, params, apply = prefixed("llama")
   ids, mask = padded(tokens(2, 6), [4, 6], "left")
   made = training.generate(
     apply, params, jnp.asarray(ids), jnp.asarray(mask), max_new_tokens=4
