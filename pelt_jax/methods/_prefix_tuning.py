@@ -88,8 +88,8 @@ def prefix_tuning(
     return Prefix(
       keys,
       values,
-      jnp.full(lead, length, jnp.float32),
-      Dropout(rate, layer, stacked=len(lead)) if dropout else None,
+      length=jnp.full(lead, length, jnp.float32),
+      dropout=Dropout(rate, layer, stacked=len(lead)) if dropout else None,
       group=group,
       stacked=len(lead),
     )

@@ -69,18 +69,18 @@ class Prefix(Bypass):
   Attributes:
     keys: (P, heads, head width), in a bank (N, P, heads, head width); None waits for a generator.
     values: likewise.
+    gate: None, () or a branch giving (B, 1, 1): scales keys and values.
     length: None, or () how many rows count (a float): members of a bank may be shorter than P.
     dropout: None or a `Dropout` for keys and values.
-    gate: None, () or a branch giving (B, 1, 1): scales keys and values.
     tap: what the gate reads.
     banked: whether a member axis leads.
   """
 
   keys: Any = own()
   values: Any = own()
+  gate: Any = own()
   length: Any = extra()
   dropout: Any = extra()
-  gate: Any = own()
   tap: str = static("../in")
   banked: bool = static(False)
 
