@@ -11,7 +11,8 @@ from pelt_jax._node import update_at, walk
 from pelt_jax.models._attention import AttentionCore
 from tests.test_models.helpers import built, close, padded, tokens
 
-DEEP = ("llama", "qwen2-mixed", "bert")
+LONG = pytest.mark.parity
+DEEP = ("llama", pytest.param("qwen2-mixed", marks=LONG), pytest.param("bert", marks=LONG))
 
 
 def task_of(name):
@@ -31,8 +32,8 @@ def prefixes(params):
       yield path, node
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=LONG)])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3", marks=LONG)])
 def test_a_prefix_of_real_tokens_is_the_model_reading_them_first(name, scan):
   model, base = built(name, "lm", scan=scan)
   sites, apply = pelt.sites(model, tokens(2, 6)), pelt.bypass(model.apply)
@@ -66,6 +67,7 @@ def test_the_mlp_folds_to_the_table_it_makes(name):
   assert counted.trainable == 4 * 5 + (5 * 8 + 8) + (8 * out + out)
 
 
+@LONG
 @pytest.mark.parametrize("name", DEEP)
 def test_looped_equals_scanned(name):
   looped, base = built(name, task_of(name), scan=False)
@@ -81,6 +83,7 @@ def test_looped_equals_scanned(name):
     assert float(jnp.abs(want - looped.apply({"params": base}, ids)).max()) > 1e-3
 
 
+@LONG
 def test_the_mlp_makes_k0_v0_k1_v1_in_order():
   model, base = built("llama", "lm", scan=False)
   sites = pelt.sites(model, tokens(2, 6))
@@ -108,6 +111,7 @@ def test_permuting_the_rows_changes_nothing_and_all_queries_see_them():
   assert (moved > 1e-3).all()  # the first position too
 
 
+@LONG
 def test_two_equal_rows_are_one_of_twice_the_weight():
   """exp(s + ln 2) = 2 exp(s): shown on values, whose rows may differ only in their sum."""
   _, _, params, apply = prefixed("llama", 2)
@@ -147,6 +151,7 @@ def test_gating_identity():
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-14)
 
 
+@LONG
 def test_cached_generation_equals_the_full_forward():
   _, _, params, apply = prefixed("llama")
   ids, mask = padded(tokens(2, 6), [4, 6], "left")
@@ -162,6 +167,7 @@ def test_cached_generation_equals_the_full_forward():
     valid = np.concatenate([valid, np.ones_like(best)[:, None]], axis=1)
 
 
+@LONG
 def test_padding_is_unaffected():
   _, _, params, apply = prefixed("llama")
   ids = tokens(2, 6)
@@ -190,6 +196,7 @@ def test_dropout_is_of_training_and_differs_by_row_and_layer():
   assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 1e-3
 
 
+@LONG
 def test_p_tuning_v2_is_the_flat_prefix():
   model, base = built("bert", "classification")
   sites, ids = pelt.sites(model, tokens(2, 6)), tokens(2, 6)

@@ -10,6 +10,7 @@ from pelt_jax import models, training
 from pelt_jax._node import get_at
 from tests.test_models.helpers import CONFIGS, VOCAB, built, close, tokens
 
+LONG = pytest.mark.parity
 TABLES = {
   "llama": "model/embed_tokens/embedding",
   "qwen2": "model/embed_tokens/embedding",  # tied to the head
@@ -29,7 +30,7 @@ def in_front(ids, length=4):
   return np.concatenate([virtual, ids], axis=1)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=LONG), "qwen2"])
 def test_a_prompt_of_token_rows_is_the_hard_prompt_bit_for_bit(name):
   words = [5, 9, 2, 5]
   model, base, params = prompted(name, init="text", tokens=words)
@@ -40,6 +41,7 @@ def test_a_prompt_of_token_rows_is_the_hard_prompt_bit_for_bit(name):
   assert got.shape[-1] == VOCAB  # a tied head scores real tokens only
 
 
+@LONG
 def test_encoders_too():
   words = [5, 9, 2, 5]
   model, base, params = prompted("bert", task="classification", init="text", tokens=words)
@@ -57,6 +59,7 @@ def test_without_virtual_ids_it_is_the_base_bit_for_bit():
   )
 
 
+@LONG
 def test_cached_generation_is_the_hard_prompts():
   words = [5, 9, 2, 5]
   model, base, params = prompted("llama", init="text", tokens=words)
@@ -71,6 +74,7 @@ def test_cached_generation_is_the_hard_prompts():
   np.testing.assert_array_equal(got, run(model.apply, base, hard))
 
 
+@LONG
 def test_looped_layers():
   model, base = built("llama", "lm", scan=False)
   sites = pelt.sites(model, tokens(2, 6))
@@ -104,6 +108,7 @@ def test_only_the_prompt_trains_and_counts():
   assert gradient.shape == (4, width) and (jnp.abs(gradient).sum(axis=1) > 0).all()
 
 
+@LONG
 def test_the_gradient_of_a_row_is_the_sum_over_its_uses():
   """That of rows behind the table in a model with a longer one, its head as it was."""
   model, base, params = prompted("llama", length=2)
@@ -154,6 +159,7 @@ def test_label_rows_are_means_and_the_rest_is_sampled():
   assert (np.asarray(table)[:, None] == np.asarray(prompt)[None, 2:]).all(-1).any(0).all()
 
 
+@LONG
 def test_mixed_batch_equals_single_runs():
   model, base, first = prompted("llama")
   method = pelt.prompt_tuning(4)

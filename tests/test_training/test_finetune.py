@@ -113,7 +113,8 @@ def test_classification(finetune, bert, tmp_path, method):
   assert scores["accuracy"] == report["metric"]["after"]
 
 
-@pytest.mark.parametrize("placement", ["start", pytest.param("end", marks=LONG)])
+@LONG
+@pytest.mark.parametrize("placement", ["start", "end"])
 def test_prompt_tuning(finetune, bert, tmp_path, placement):
   data = sentiment(tmp_path)
   report = finetune.main(
