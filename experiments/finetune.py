@@ -21,6 +21,7 @@ import sys
 import time
 import types
 import typing
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict:
   # Method: nodes inside the params.
   ids = jnp.zeros((args.batch, 8), jnp.int32)
   sites = pelt.sites(model, ids, jnp.ones_like(ids))
-  params = method.init(jax.random.key(args.seed), base, sites)
+  params = training.masters(method.init(jax.random.key(args.seed), base, sites))
   virtual = pelt.virtual_tokens(params)
 
   def encode(examples, task=args.task, virtual=virtual):
@@ -187,7 +188,14 @@ def main(argv: list[str] | None = None) -> dict:
   tx = optax.inject_hyperparams(optax.adamw)(learning_rate=rate, weight_decay=DECAY)
   loss = training.LOSSES[args.task]
   train = training.train_step(apply, loss, tx, method, clip=CLIP, accumulate=args.accumulate)
-  checkpoints = training.Checkpoints(out / "checkpoints", run_options(args, steps))
+  if chief and args.overwrite:  # not before everything was found to be in order
+    for name in OUTPUTS:
+      path = out / name
+      shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+  same = run_options(args, steps) | {"contents of the files": fingerprint(train_rows, eval_rows)}
+  checkpoints = training.Checkpoints(out / "checkpoints", same)
+  if args.resume and checkpoints.latest() is None and not args.quiet:
+    print(f"no checkpoint in {out / 'checkpoints'}: starting anew")
   every = max(1, loader.steps_per_epoch if args.epochs else math.ceil(steps / 4))
   done = training.fit(
     train,
@@ -379,10 +387,6 @@ def prepare(out: pathlib.Path, args: argparse.Namespace) -> None:
   """Makes the output folder; never mixes two runs in it."""
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out {out} is a file")
-  if args.overwrite and jax.process_index() == 0:
-    for name in OUTPUTS:
-      path = out / name
-      shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
   if out.is_dir() and any(out.iterdir()) and not (args.resume or args.overwrite):
     raise ValueError(f"--out {out} is not empty: pass --resume to go on, or --overwrite")
   out.mkdir(parents=True, exist_ok=True)
@@ -406,6 +410,16 @@ def read_files(args: argparse.Namespace, demo: bool):
     general = training.read(args.general, "lm")
   read = [training.read(path, args.task, args.columns) for path in (args.train, args.eval)]
   return *read, general
+
+
+def fingerprint(*sets: training.Encoded) -> int:
+  """A number that other data would change."""
+  sums = 0
+  for rows in sets:
+    for row in rows.rows:
+      for name in ("input_ids", "labels"):
+        sums = zlib.crc32(row[name].tobytes(), sums)
+  return sums
 
 
 def run_options(args: argparse.Namespace, steps: int) -> dict:

@@ -40,6 +40,7 @@ from pelt_jax.training._readers import Examples as Examples
 from pelt_jax.training._readers import read as read
 from pelt_jax.training._step import State as State
 from pelt_jax.training._step import TrainStep as TrainStep
+from pelt_jax.training._step import masters as masters
 from pelt_jax.training._step import train_step as train_step
 from pelt_jax.training._tokenizer import ByteTokenizer as ByteTokenizer
 from pelt_jax.training._tokenizer import FolderTokenizer as FolderTokenizer
