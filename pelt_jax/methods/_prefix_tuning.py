@@ -98,14 +98,15 @@ def prefix_tuning(
     shape = (*core.site.stacked, length, *core.heads)
     kind = jnp.dtype(dtype or core.site.dtype)
     if init is None:
-      return tuple(jax.random.normal(k, shape, kind) for k in jax.random.split(key))
-    given = tuple(jnp.asarray(x, kind) for x in init[core.site.path])
-    if any(x.shape != shape for x in given):
+      first, second = jax.random.split(key)
+      return jax.random.normal(first, shape, kind), jax.random.normal(second, shape, kind)
+    keys, values = (jnp.asarray(x, kind) for x in init[core.site.path])
+    if keys.shape != shape or values.shape != shape:
       raise ValueError(
-        f"init[{core.site.path!r}] has shapes {[x.shape for x in given]}, expected {shape} for "
-        f"length={length}"
+        f"init[{core.site.path!r}] has shapes {keys.shape} and {values.shape}, expected {shape} "
+        f"for length={length}"
       )
-    return given
+    return keys, values
 
   def _generated(key: jax.Array, params: dict, sites: tuple[Site, ...], part: list[Core]) -> dict:
     heads = {c.heads for c in part}

@@ -78,11 +78,11 @@ class Prefix(Bypass):
 
   keys: Any = own()
   values: Any = own()
-  gate: Any = own()
-  length: Any = extra()
-  dropout: Any = extra()
-  tap: str = static("../in")
-  banked: bool = static(False)
+  gate: Any = own(default=None)
+  length: Any = extra(default=None)
+  dropout: Any = extra(default=None)
+  tap: str = static(default="../in")
+  banked: bool = static(default=False)
 
   def __call__(
     self, call: Any, q: jax.Array, k: jax.Array, v: jax.Array, mask=None, bias=None, **kwargs: Any
@@ -127,7 +127,7 @@ class Shift(Bypass):
   """
 
   by: Any = extra()
-  banked: bool = static(False)
+  banked: bool = static(default=False)
 
   def __call__(self, call: Any, position_ids: jax.Array, *args: Any, **kwargs: Any) -> Any:
     by = self.array("by")

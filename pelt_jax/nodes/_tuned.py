@@ -29,7 +29,7 @@ class Tuned(Weight):
   """
 
   value: Any = own()
-  kind: str | None = static(None)
+  kind: str | None = static(default=None)
 
   @property
   def inner(self) -> Any:

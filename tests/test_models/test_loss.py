@@ -16,7 +16,6 @@ from tests.test_models.helpers import (
   trees_close,
 )
 
-
 OWN = pytest.param("llama", marks=pytest.mark.parity)
 
 
