@@ -69,8 +69,9 @@ def test_prompt_tuning(name, task, tmp_path, lifted):
 
 
 @pytest.mark.parametrize("projection", [False, True])
-# Encoders take no keys and values from outside since transformers 5, so PEFT refuses them.
-@pytest.mark.parametrize(("name", "task"), [("llama", "lm"), ("qwen3", "lm"), ("mistral", "lm")])
+# Encoders take no keys and values from outside since transformers 5, so PEFT refuses them; under a
+# sliding window its prefix slides out of sight, where the paper lets every query see it.
+@pytest.mark.parametrize(("name", "task"), [("llama", "lm"), ("qwen3", "lm")])
 def test_prefix_tuning(name, task, projection, tmp_path, lifted):
   config = lambda **kw: peft.PrefixTuningConfig(
     num_virtual_tokens=LENGTH, prefix_projection=projection, encoder_hidden_size=8, **kw
