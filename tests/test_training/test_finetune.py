@@ -171,7 +171,7 @@ def test_overwrite_deletes_nothing_before_all_is_in_order(finetune, bert, tmp_pa
   argv = arguments(
     tmp_path, bert, data, "classification", steps=1, overwrite=True, train=tmp_path / "none.csv"
   )
-  with pytest.raises(OSError, match=r"none\.csv"):
+  with pytest.raises(training.DataError, match=r"none\.csv: no such file"):
     finetune.main(argv)
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == before
 
