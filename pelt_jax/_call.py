@@ -92,11 +92,11 @@ class Context:
   ran: set[str] = dataclasses.field(default_factory=set)
   in_setup: bool = False
 
-  def training(self) -> bool:
+  def training(self, innermost: Frame | None) -> bool:
     """`train` if given, else the nearest deterministic/train argument or field, else False."""
     if self.train is not None:
       return self.train
-    for frame in self.top.climb() if self.top is not None else ():
+    for frame in innermost.climb() if innermost is not None else ():
       bound = frame.bound()
       for name, inverted in _TRAIN_NAMES:
         for value in (bound.get(name), getattr(frame.module, name, None)):
@@ -209,7 +209,7 @@ class Call:
   @property
   def train(self) -> bool:
     """`train_nodes` if given, else the nearest deterministic/train argument, else False."""
-    return dataclasses.replace(self.context, top=self.frame).training()
+    return self.context.training(self.frame)
 
   def rng(self, stream: str = "dropout") -> jax.Array:
     """A key for this node and call, folded from the enclosing stream, whose counter stays.

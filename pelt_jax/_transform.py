@@ -77,6 +77,19 @@ def chain(*transforms: Transform) -> Transform:
   return Transform(init, post)
 
 
+def check_whole(**values: int) -> None:
+  """Raises ValueError for an option that is no whole number of at least 1."""
+  for name, value in values.items():
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_dropout(dropout: float) -> None:
+  """Raises ValueError for a share that is not in [0, 1)."""
+  if not 0.0 <= dropout < 1.0:
+    raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
+
+
 def site_key(key: jax.Array, path: str, leaf: Any = None) -> jax.Array:
   """The key of one site: folded from its path and the number of nodes already there.
 

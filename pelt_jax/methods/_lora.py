@@ -10,7 +10,16 @@ import numpy as np
 
 from pelt_jax._node import Weight, strip, update_at
 from pelt_jax._site import Site, Target, Targets, find, matches
-from pelt_jax._transform import Transform, box_names, like_box, over, require, site_key
+from pelt_jax._transform import (
+  Transform,
+  box_names,
+  check_dropout,
+  check_whole,
+  like_box,
+  over,
+  require,
+  site_key,
+)
 from pelt_jax.nodes import Dropout, FusedLora, LoraWeight, Tuned
 from pelt_jax.nodes._lora import lora_axes, matrix_sizes
 
@@ -73,14 +82,8 @@ def lora(
     ((4, 2), (2, 3), 2.0)
   """
   ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
-  for name, value in {
-    "rank": rank,
-    **{f"rank_pattern[{k!r}]": v for k, v in ranks.items()},
-  }.items():
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-  if not 0.0 <= dropout < 1.0:
-    raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
+  check_whole(rank=rank, **{f"rank_pattern[{k!r}]": v for k, v in ranks.items()})
+  check_dropout(dropout)
   if init not in INITS:
     raise ValueError(f"init must be one of {INITS}, got {init!r}")
   for value in (alpha, *alphas.values()):

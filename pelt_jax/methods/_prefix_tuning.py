@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pelt_jax._node import GENERATORS, Bypass, update_at
 from pelt_jax._site import Site, Targets, find
-from pelt_jax._transform import Transform, add_bypass, site_key
+from pelt_jax._transform import Transform, add_bypass, check_dropout, check_whole, site_key
 from pelt_jax.nodes import Dropout, Prefix, PrefixMLP, Shift
 
 Arrays = Mapping[str, tuple[Any, Any]]
@@ -63,7 +63,8 @@ def prefix_tuning(
     >>> import pelt_jax as pelt
     >>> method = pelt.prefix_tuning(10, hidden=64)
   """
-  _check(length, dropout, hidden=hidden, embed_dim=embed_dim)
+  check_whole(length=length, hidden=hidden, embed_dim=1 if embed_dim is None else embed_dim)
+  check_dropout(dropout)
   if init is not None and reparametrize:
     raise ValueError("init gives keys and values themselves: it needs reparametrize=False")
 
@@ -248,14 +249,6 @@ class Core(NamedTuple):
   site: Site
   heads: tuple[int, int]
   width: int
-
-
-def _check(length: int, dropout: float, **sizes: int | None) -> None:
-  for name, value in {"length": length, **sizes}.items():
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-      raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-  if not 0.0 <= dropout < 1.0:
-    raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
 
 
 def _cores(found: list, targets: Targets) -> list[Core]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from pelt_jax._node import Weight, every_node, strip, table_rows, update_at
 from pelt_jax._site import Site, Targets, find
-from pelt_jax._transform import Transform, like_box, over, require, site_key
+from pelt_jax._transform import Transform, check_whole, like_box, over, require, site_key
+from pelt_jax.methods._lora import _numbers
 from pelt_jax.nodes import ExtendedEmbedding
 
 INITS = ("uniform", "uniform_positive", "normal", "vocabulary", "text", "labels")
@@ -63,8 +64,7 @@ def prompt_tuning(
     >>> pelt.bypass(model.apply)({"params": params}, jnp.array([[7, 8, 9, 1]])).shape
     (1, 4, 4)
   """
-  if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-    raise ValueError(f"length must be a whole number of at least 1, got {length!r}")
+  check_whole(length=length)
   if init not in INITS:
     raise ValueError(f"init must be one of {INITS}, got {init!r}")
   if (tokens is not None) != (init in ("text", "labels")):
@@ -88,8 +88,7 @@ def prompt_tuning(
 
   def extended(table: Any, key: jax.Array) -> ExtendedEmbedding:
     rows, width = table.shape if isinstance(table, Weight) else strip(table).shape
-    wanted = jnp.dtype(dtype or (table if isinstance(table, Weight) else strip(table)).dtype)
-    wanted = wanted if jnp.issubdtype(wanted, jnp.floating) else jnp.dtype(jnp.float32)
+    wanted, _ = _numbers(table, dtype)
     outside = [i for g in groups or () for i in g if not 0 <= i < rows]
     if outside:
       raise ValueError(f"tokens: {outside[:5]} are no ids of a table with {rows} rows")

@@ -133,7 +133,8 @@ def _gradient_with_loss(losses: Callable) -> Callable:
         aval: Any = ct.aval
         ct = jnp.zeros(aval.shape, aval.dtype)
       if inputs is None:
-        return None, jnp.asarray(gradient * ct[..., None], gradient.dtype), None
+        wide = jnp.asarray(gradient, ct.dtype) * ct[..., None]
+        return None, jnp.asarray(wide, gradient.dtype), None
       weights, x, labels = inputs
       _, pull, _ = jax.vjp(lambda w, x: evaluate(w, x, labels), weights, x, has_aux=True)
       return *pull(ct), None

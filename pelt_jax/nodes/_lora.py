@@ -179,7 +179,9 @@ def _scaled(h: jax.Array, scaling: jax.Array) -> jax.Array:
 def _refuse_dropout(dropout: Dropout | None) -> None:
   """Raises where training would drop nothing: the node was only built, never given its input."""
   context = _call.active()
-  if dropout is not None and context is not None and not context.in_setup and context.training():
+  if dropout is None or context is None or context.in_setup:
+    return
+  if context.training(context.top):
     where = context.top.path if context.top else ""
     raise RuntimeError(
       f"the LoRA at {where!r} has dropout on the input of a, but its module only reads the weight. "
