@@ -519,6 +519,7 @@ def show(report: dict, out: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
+  training.keep_freed_memory()
   try:
     main()
   except (ValueError, OSError, training.Diverged) as error:
