@@ -25,6 +25,19 @@ _TINY = {
   "eos_token_id": 2,
   "initializer_range": 0.3,  # so that attention is not uniform
 }
+_GPT2 = {
+  "model_type": "gpt2",
+  "vocab_size": VOCAB,
+  "n_embd": 32,
+  "n_inner": 48,
+  "n_layer": 3,
+  "n_head": 4,
+  "n_positions": 64,
+  "pad_token_id": PAD,
+  "bos_token_id": 1,
+  "eos_token_id": 2,
+  "initializer_range": 0.3,
+}
 _GROUPED = _TINY | {"num_key_value_heads": 2}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -48,6 +61,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "max_window_layers": 1,
   },
   "qwen3": _GROUPED | {"model_type": "qwen3", "head_dim": 12},
+  "gpt2": _GPT2,
+  "gpt2-untied": _GPT2
+  | {
+    "tie_word_embeddings": False,
+    "n_inner": None,
+    "activation_function": "gelu",
+    "scale_attn_weights": False,
+    "n_embd": 16,
+  },
   "bert": _TINY | {"model_type": "bert", "type_vocab_size": 2},
   "roberta": _TINY | {"model_type": "roberta", "type_vocab_size": 1},
 }

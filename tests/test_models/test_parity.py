@@ -36,6 +36,7 @@ FAMILY = {
   "mistral": "Mistral",
   "qwen2": "Qwen2",
   "qwen3": "Qwen3",
+  "gpt2": "GPT2",
   "bert": "Bert",
   "roberta": "Roberta",
 }
@@ -70,11 +71,12 @@ def reference(raw, task, dtype, seed=0):
   config.num_labels = 5
   config._attn_implementation = "eager"
   torch.manual_seed(seed)
-  model = getattr(transformers, FAMILY[kind] + SUFFIX[task])(config).to(dtype).eval()
+  suffix = "LMHeadModel" if (kind, task) == ("gpt2", "lm") else SUFFIX[task]
+  model = getattr(transformers, FAMILY[kind] + suffix)(config).to(dtype).eval()
   with torch.no_grad():
     for name, p in model.named_parameters():
       p.normal_(0, 0.3 if p.ndim > 1 else 0.1)
-      if p.ndim == 1 and "norm" in name.lower() and name.endswith("weight"):
+      if p.ndim == 1 and name.endswith("weight"):  # a norm's scale
         p.add_(1)
   return model
 
@@ -82,7 +84,12 @@ def reference(raw, task, dtype, seed=0):
 def output(model, ids, mask=None):
   with torch.no_grad():
     mask = None if mask is None else torch.tensor(mask)
-    out = model(torch.tensor(ids, dtype=torch.long), attention_mask=mask)
+    kwargs = {}
+    if (
+      mask is not None and model.config.model_type == "gpt2"
+    ):  # it counts padding, save in generate
+      kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(0)
+    out = model(torch.tensor(ids, dtype=torch.long), attention_mask=mask, **kwargs)
   out = out.logits if hasattr(out, "logits") else out.last_hidden_state
   return out.numpy()
 
