@@ -29,3 +29,4 @@ from pelt_jax.models._load import from_pretrained as from_pretrained
 from pelt_jax.models._load import save_pretrained as save_pretrained
 from pelt_jax.models._loss import token_losses as token_losses
 from pelt_jax.models._names import torch_name as torch_name
+from pelt_jax.models._t5 import T5ForConditionalGeneration as T5ForConditionalGeneration

@@ -22,10 +22,11 @@ from flax import linen as nn
 from flax.core import meta
 
 from pelt_jax._node import walk
-from pelt_jax.models import _bert, _gpt2, _llama
+from pelt_jax.models import _bert, _gpt2, _llama, _t5
 from pelt_jax.models._config import Config, read_config
+from pelt_jax.models._config_seq2seq import T5Config
 from pelt_jax.models._layers import stack_layers, stacks, to_looped
-from pelt_jax.models._names import FRESH, LEFT_OUT, aliases, torch_name, transposed
+from pelt_jax.models._names import COPIES, FRESH, LEFT_OUT, aliases, is_copy, torch_name, transposed
 from pelt_jax.models._safetensors import Entry, read_header, write, write_atomically
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "tagging": _gpt2.GPT2ForTokenClassification,
     "encoder": _gpt2.GPT2Model,
   },
+  "t5": {"seq2seq": _t5.T5ForConditionalGeneration},
 }
 # Only copied: the library itself never reads them.
 _SIDE_FILES = (
@@ -164,9 +166,10 @@ def from_pretrained(
       logits = model.apply({"params": params}, input_ids, attention_mask)
   """
   folder = _folder(source)
-  raw = _read_json(folder / "config.json")
+  config = read_config(_read_json(folder / "config.json"), source=str(folder))
+  entries = _entries(folder)
   model = from_config(
-    read_config(raw, source=str(folder)),
+    _with_own_head(config, entries),
     task=task,
     num_labels=num_labels,
     dtype=dtype,
@@ -174,7 +177,7 @@ def from_pretrained(
     remat=remat,
   )
   key = jax.random.key(0) if key is None else key
-  read = _reader(model, _entries(folder), key, folder)
+  read = _reader(model, entries, key, folder)
   if transform is not None:
     return model, _load_with_transform(model, read, transform, key)
   return model, _assemble(model, read, lambda path, value: jnp.asarray(value))
@@ -238,6 +241,24 @@ def abstract_params(model: nn.Module) -> dict[str, Any]:
   return shapes if model.scan else to_looped(shapes, model)
 
 
+def _with_own_head(config: Config, entries: Mapping[str, Entry]) -> Config:
+  """T5's configuration says "tied" whatever the file holds: a head that differs is a head."""
+  head = entries.get("lm_head.weight")
+  if not isinstance(config, T5Config) or head is None or _equal(head, _shared(entries)):
+    return config
+  return config.replace(tie_word_embeddings=False)
+
+
+def _shared(entries: Mapping[str, Entry]) -> Entry | None:
+  """The tensor of the embedding that an encoder-decoder shares."""
+  names = ("shared.weight", "model.shared.weight")
+  return next((entries[n] for n in (*names, *filter(COPIES.search, entries)) if n in entries), None)
+
+
+def _equal(a: Entry, b: Entry | None) -> bool:
+  return b is None or (a.shape == b.shape and bool((a.read() == b.read()).all()))
+
+
 def _optional(model: nn.Module, path: str) -> bool:
   return isinstance(model, _bert.BertModel) and path.startswith("pooler/")
 
@@ -265,10 +286,13 @@ def _reader(
         readers[path] = _fresh(path, leaf, key, model.config.initializer_range)
     else:
       problems.append(f"{name} is missing, expected shape {shape}")
-  tied = getattr(model.config, "tie_word_embeddings", False)
   for name in entries:
-    ignorable = LEFT_OUT.search(name) or (tied and name.endswith("lm_head.weight"))
-    if name not in used and not ignorable:
+    if name in used:
+      continue
+    if is_copy(name, model):
+      if not _equal(entries[name], _shared(entries)):
+        problems.append(f"{name} differs from shared.weight: one embedding serves all")
+    elif not LEFT_OUT.search(name):
       problems.append(f"{name} {entries[name].shape} is unexpected")
   if problems:
     shown = "\n  ".join(problems[:20])

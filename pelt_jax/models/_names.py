@@ -42,6 +42,14 @@ def transposed(path: str, model: Any) -> bool:
   return leaf == "kernel" and module not in getattr(model, "conv1d", ())
 
 
+def is_copy(name: str, model: Any) -> bool:
+  """Whether a tensor can only repeat an encoder-decoder's shared embedding."""
+  if not hasattr(model, "stacks"):
+    return False
+  tied = model.config.tie_word_embeddings
+  return bool(COPIES.search(name)) or (tied and name == "lm_head.weight")
+
+
 def aliases(name: str, model: Any) -> Iterator[str]:
   """Names under which a tensor may lie: bare trunks, trunks of task models, TensorFlow's norms."""
   names = [name, name.removeprefix(f"{model.prefix}.")]
