@@ -1,6 +1,7 @@
 """Linen reference models with Hugging Face module names, and loading of Hugging Face folders."""
 
 from pelt_jax.models._attention import AttentionCore as AttentionCore
+from pelt_jax.models._bart import BartForConditionalGeneration as BartForConditionalGeneration
 from pelt_jax.models._bert import BertForSequenceClassification as BertForSequenceClassification
 from pelt_jax.models._bert import BertForTokenClassification as BertForTokenClassification
 from pelt_jax.models._bert import BertModel as BertModel

@@ -22,7 +22,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from pelt_jax._node import walk
-from pelt_jax.models import _bert, _gpt2, _llama, _t5
+from pelt_jax.models import _bart, _bert, _gpt2, _llama, _t5
 from pelt_jax.models._config import Config, read_config
 from pelt_jax.models._config_seq2seq import T5Config
 from pelt_jax.models._layers import stack_layers, stacks, to_looped
@@ -55,6 +55,7 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "tagging": _gpt2.GPT2ForTokenClassification,
     "encoder": _gpt2.GPT2Model,
   },
+  "bart": {"seq2seq": _bart.BartForConditionalGeneration},
   "t5": {"seq2seq": _t5.T5ForConditionalGeneration},
 }
 # Only copied: the library itself never reads them.
@@ -315,7 +316,7 @@ def _tensor(entry: Entry, dtype: Any, transpose: bool) -> Callable[[], np.ndarra
 
 def _fresh(path: str, leaf: Any, key: jax.Array, scale: float) -> Callable[[], np.ndarray]:
   def read() -> np.ndarray:
-    if path.endswith("/bias"):
+    if path.endswith("bias"):
       return np.zeros(leaf.shape, leaf.dtype)
     # Keyed by path, so that the order of loading never matters.
     folded = jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -94,10 +94,12 @@ class Seq2Seq(nn.Module):
         raise ValueError(
           f"attention_mask must be {input_ids.shape} like input_ids, got {attention_mask.shape}"
         )
-      memory = self.encoder(self.embed(input_ids), attention_mask, deterministic=deterministic)
+      memory = self.trunk.encoder(
+        self.embed(input_ids), attention_mask, deterministic=deterministic
+      )
     elif cache_length is None:
       raise ValueError("input_ids=None goes on from a cache: cache_length is needed")
-    x = self.decoder(
+    x = self.trunk.decoder(
       self.embed(decoder_input_ids),
       decoder_attention_mask,
       memory,
@@ -108,6 +110,11 @@ class Seq2Seq(nn.Module):
     if labels is not None:
       return chunked_losses(self, type(self).head, x, labels, self.loss_chunk)
     return self.head(x[:, -1:] if last_only else x)
+
+  @property
+  def trunk(self) -> Any:
+    """The module that owns the embedding and the stacks."""
+    return self
 
   def embed(self, ids: Array) -> Array:
     """Token ids to what the stacks take."""
