@@ -60,12 +60,17 @@ def place(
   return Slots(queries, keys, valid[:, None, None, :], position_ids, index)
 
 
+def need_mutable(module: nn.Module) -> None:
+  """Raises unless the caller lets the cache change."""
+  if not module.is_mutable_collection("cache"):
+    raise ValueError('cache_length needs apply(..., mutable=["cache"]); "cache" is not mutable')
+
+
 def _advance(
   module: nn.Module, attention_mask: Array | None, batch: int, length: int, slots: int
 ) -> tuple[Array, Array]:
   """Notes the new tokens in the cache; returns their first slot and which slots are real."""
-  if not module.is_mutable_collection("cache"):
-    raise ValueError('cache_length needs apply(..., mutable=["cache"]); "cache" is not mutable')
+  need_mutable(module)
   if length > slots:
     raise ValueError(f"cache_length={slots} is shorter than the {length} tokens given")
   index = module.variable("cache", "index", jnp.zeros, (), jnp.int32)

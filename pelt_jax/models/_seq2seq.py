@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pelt_jax.models._attention import Array
+from pelt_jax.models._cache import need_mutable
 from pelt_jax.models._loss import IGNORED, chunked_losses
 
 
@@ -28,7 +29,7 @@ def keep(module: nn.Module, name: str, value: Array | None, cache_length: int | 
       raise ValueError("input_ids=None continues from a cache, and the cache holds no source")
     return module.get_variable("cache", name)
   if cache_length is not None:
-    module.variable("cache", name, jnp.zeros, value.shape, value.dtype).value = value
+    module.put_variable("cache", name, value)
   return value
 
 
@@ -83,6 +84,8 @@ class Seq2Seq(nn.Module):
       ValueError: no source and no cache to go on from, or a mask of another shape.
     """
     c = self.config
+    if cache_length is not None:
+      need_mutable(self)
     if decoder_input_ids is None:
       source = input_ids if labels is None else labels
       if cache_length is not None or source is None:

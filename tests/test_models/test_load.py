@@ -10,7 +10,7 @@ import safetensors.numpy
 import pelt_jax as pelt
 from pelt_jax import models
 from pelt_jax.models._load import torch_name
-from tests.test_models.helpers import PAIRS, build, built, random_params, tokens
+from tests.test_models.helpers import PAIRS, SEQ2SEQ_PAIRS, build, built, random_params, tokens
 
 
 def saved(folder, name="llama", task="lm"):
@@ -34,10 +34,10 @@ def same(a, b):
 
 @pytest.mark.parametrize(
   ("name", "task", "scan"),
-  [(*pair, True) for pair in PAIRS]
+  [(*pair, True) for pair in PAIRS + SEQ2SEQ_PAIRS]
   + [  # layers are taken apart in the same way whatever stands on top of them
     pytest.param(n, t, False, marks=[pytest.mark.parity] * (t != "classification"))
-    for n, t in PAIRS
+    for n, t in PAIRS + SEQ2SEQ_PAIRS
   ],
 )
 def test_what_is_saved_loads_bit_for_bit(name, task, scan, tmp_path):
