@@ -84,7 +84,8 @@ class BartAttention(nn.Module):
 
     q, k, v = project("q_proj", x), project("k_proj", source), project("v_proj", source)
     if self.cross:
-      k, v = keep(self, "key", k, cache_length), keep(self, "value", v, cache_length)
+      k = keep(self, "source_key", k, cache_length)
+      v = keep(self, "source_value", v, cache_length)
     elif cache_length is not None:
       k = remember(self, "key", k, index, cache_length)
       v = remember(self, "value", v, index, cache_length)

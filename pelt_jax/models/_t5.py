@@ -102,7 +102,8 @@ class T5Attention(nn.Module):
     q = project("q", x, c.hidden_size * c.head_dim)
     k, v = project("k", source, c.hidden_size), project("v", source, c.hidden_size)
     if self.cross:
-      k, v = keep(self, "key", k, cache_length), keep(self, "value", v, cache_length)
+      k = keep(self, "source_key", k, cache_length)
+      v = keep(self, "source_value", v, cache_length)
     elif cache_length is not None:
       k = remember(self, "key", k, index, cache_length)
       v = remember(self, "value", v, index, cache_length)

@@ -94,7 +94,7 @@ def generate(
   start = start_tokens(apply, decoder_start_token_id)
   ids, mask = checked_mask(ids, attention_mask)
   if not start:
-    ids, mask = _left_padded(ids, mask)
+    ids, mask = left_padded(ids, mask)
   tokens, lengths = _run(
     params,
     jnp.asarray(ids, jnp.int32),
@@ -145,7 +145,7 @@ def checked_mask(ids: np.ndarray, attention_mask: Any) -> tuple[np.ndarray, np.n
   return ids, mask
 
 
-def _left_padded(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def left_padded(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Shifts every row so that its last real token stands at the right edge."""
   after = mask[:, ::-1].argmax(axis=1)  # how much padding follows the last real token
   source = (np.arange(ids.shape[1])[None] - after[:, None]) % ids.shape[1]

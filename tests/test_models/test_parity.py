@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import types
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from tests.test_models.helpers import (
   padded,
   tokens,
 )
+from tests.test_models.lifting import Lifted
 
 torch = support.require("torch")
 transformers = support.require("transformers")
@@ -42,21 +42,12 @@ FAMILY = {
 }
 
 
-class Lifted(types.SimpleNamespace):
-  """torch whose float32 is float64: Hugging Face's decoders cast to float32 even in `.double()`."""
-
-  float32 = float = torch.float64
-
-  def __getattr__(self, name):
-    return getattr(torch, name)
-
-
 @pytest.fixture
 def lifted(monkeypatch):
   """Lifts the hard-coded float32 of norms, rotary angles and softmax, which alone cost 1e-7."""
   names = [f"models.{family}.modeling_{family}" for family in FAMILY] + ["modeling_rope_utils"]
   for name in names:
-    monkeypatch.setattr(importlib.import_module(f"transformers.{name}"), "torch", Lifted())
+    monkeypatch.setattr(importlib.import_module(f"transformers.{name}"), "torch", Lifted(torch))
   # Dynamic scaling divides an integer tensor, which gives the default dtype.
   before = torch.get_default_dtype()
   torch.set_default_dtype(torch.float64)
