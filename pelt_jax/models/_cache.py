@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def _advance(
   return start, valid.value
 
 
-def remember(module: nn.Module, name: str, new: Array, index: Array | None, length: int) -> Array:
+def remember(module: nn.Module, name: str, new: Array, index: Any, length: int) -> Array:
   """Writes keys or values (B, T, K, D) into the slots from `index` on; returns all `length`."""
   shape = (new.shape[0], length, *new.shape[2:])
   store = module.variable("cache", name, jnp.zeros, shape, new.dtype)

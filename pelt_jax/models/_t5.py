@@ -126,7 +126,7 @@ class T5LayerAttention(nn.Module):
     h = RMSNorm(c.layer_norm_eps, self.dtype, name="layer_norm")(x)
     name = "EncDecAttention" if self.cross else "SelfAttention"
     attention = T5Attention(c, self.dtype, self.cross, name=name)
-    h = attention(h, memory if self.cross else h, *args, deterministic)
+    h = attention(h, memory if self.cross else h, *args, deterministic=deterministic)
     return constrain(x + nn.Dropout(c.dropout_rate, name="dropout")(h, deterministic=deterministic))
 
 

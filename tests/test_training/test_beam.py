@@ -68,7 +68,7 @@ def test_one_beam_is_greedy(name, task, scan):
 @pytest.mark.parametrize(("name", "task"), [("gpt2", "lm"), ("bart-scaled", "seq2seq")])
 def test_scores_are_those_of_a_full_forward(name, task):
   model, params = built(name, task)
-  prompt = tokens(2, 5)
+  apply, prompt = jax.jit(model.apply), tokens(2, 5)
   out = beam_search(
     model.apply, params, prompt, beams=3, max_new_tokens=4, length_penalty=0.0, pad_token_id=PAD
   )
@@ -77,9 +77,9 @@ def test_scores_are_those_of_a_full_forward(name, task):
     answer = np.asarray(out.tokens)[row, beam][None]
     if task == "lm":
       ids = np.concatenate([prompt[row : row + 1], answer], axis=1)
-      logits = model.apply({"params": params}, ids)[:, 4:-1]
+      logits = apply({"params": params}, ids)[:, 4:-1]
     else:
-      logits = model.apply(
+      logits = apply(
         {"params": params},
         prompt[row : row + 1],
         decoder_input_ids=np.concatenate([[[5]], answer[:, :-1]], axis=1),
