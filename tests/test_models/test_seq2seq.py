@@ -8,8 +8,11 @@ import safetensors.numpy
 
 import pelt_jax as pelt
 from pelt_jax import models
+from pelt_jax._node import BYPASS
+from pelt_jax.models._load import insert
 from pelt_jax.models._seq2seq import shift_right
 from pelt_jax.models._t5 import bucket_table
+from pelt_jax.nodes import Prefix
 from tests.test_models.helpers import (
   PAD,
   SEQ2SEQ,
@@ -334,3 +337,41 @@ def test_half_precision(name, dtype):
   out = run(model, params, tokens(2, 5), labels=tokens(2, 4))
   assert {str(x.dtype) for x in jax.tree.leaves(params)} == {dtype}
   assert out.dtype == jnp.float32 and jnp.isfinite(out).all()
+
+
+@each
+def test_prefixes_stand_before_all_three_kinds_of_attention(name):
+  model, params = built(name, "seq2seq", scan=False)
+  ids, mask = padded(tokens(2, 7), [7, 4], "right")
+  targets = tokens(2, 5, seed=1)
+  cores = [
+    s.path
+    for s in pelt.sites(model, ids)
+    if any(r.role == "attention" and r.placement == "prefix" for r in s.roles)
+  ]
+  heads, width = (4, 12) if name == "t5" else (None, None)
+  rng = np.random.default_rng(0)
+
+  def with_prefixes(order):
+    tree = jax.tree.map(lambda x: x, params)
+    for path in cores:
+      c = model.config
+      h = heads or (c.decoder_heads if "decoder" in path else c.num_attention_heads)
+      keys, values = rng.normal(size=(2, 3, h, width or 32 // h)).astype(np.float32)[:, order]
+      insert(tree, f"{path}/{BYPASS}", Prefix(keys=jnp.asarray(keys), values=jnp.asarray(values)))
+    return tree
+
+  assert len(cores) == ROLES[name]["attention"]
+  apply = pelt.bypass(model.apply)
+  rng = np.random.default_rng(0)
+  nodes = with_prefixes([0, 1, 2])
+  want = jax.jit(apply)({"params": nodes}, ids, mask, decoder_input_ids=targets)
+  assert np.abs(want - run(model, params, ids, mask, decoder_input_ids=targets)).max() > 0.1
+  # No position: their order does not matter.
+  rng = np.random.default_rng(0)
+  turned = with_prefixes([2, 0, 1])
+  close(jax.jit(apply)({"params": turned}, ids, mask, decoder_input_ids=targets), want, 5e-6)
+  step = jax.jit(functools.partial(apply, cache_length=6, mutable=["cache"]))
+  out, cache = step({"params": nodes}, ids, mask, decoder_input_ids=targets[:, :4])
+  last, _ = step({"params": nodes, **cache}, None, decoder_input_ids=targets[:, 4:])
+  close(np.concatenate([out, last], 1), want, 5e-6)
