@@ -64,6 +64,8 @@ def folder(progress: bool = True) -> pathlib.Path:
   if (final / "config.json").is_file():
     return final
   cache.mkdir(parents=True, exist_ok=True)
+  if progress:
+    print(f"training a small language model from scratch, once; it is kept in {cache}")
   model, params = pretrain(progress)
   partial = pathlib.Path(tempfile.mkdtemp(prefix="demo-", dir=cache))
   try:

@@ -21,6 +21,7 @@ import sys
 import time
 import types
 import typing
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,9 @@ RATES = {
   "full": {"classification": 5e-5, "tagging": 5e-5, "lm": 5e-5},
   "bitfit": {"classification": 2e-3, "tagging": 2e-3, "lm": 1e-3},
   "lora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4},
+  "prompt_tuning": {"classification": 3e-2, "tagging": 3e-2, "lm": 1e-2},
+  "prefix_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4},
+  "p_tuning_v2": {"classification": 7e-3, "tagging": 1e-2, "lm": 5e-3},
 }
 OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4}
 METHODS = (  # those that this version has
@@ -66,6 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add("--steps", type=int, help="instead of --epochs")
   add("--batch", type=int, help="rows per optimizer step")
   add("--accumulate", type=int, default=1, help="parts of a batch, run one after another")
+  add("--placement", default="start", choices=training.PLACEMENTS, help="of virtual tokens")
   add("--lr", type=float, help="peak learning rate")
   add("--length", type=int, help="tokens per row; longer examples are cut")
   add("--seed", type=int, default=0)
@@ -122,18 +127,26 @@ def main(argv: list[str] | None = None) -> dict:
   if model.config.model_type == "roberta":
     limit -= 2  # its positions start after the padding id
 
-  def encode(examples, task=args.task):
+  # Method: nodes inside the params.
+  ids = jnp.zeros((args.batch, 8), jnp.int32)
+  sites = pelt.sites(model, ids, jnp.ones_like(ids))
+  params = training.masters(method.init(jax.random.key(args.seed), base, sites))
+  virtual = pelt.virtual_tokens(params)
+
+  def encode(examples, task=args.task, virtual=virtual):
     return training.encode(
-      examples, tokenizer, task, labels=labels, length=args.length, limit=limit
+      examples,
+      tokenizer,
+      task,
+      labels=labels,
+      length=args.length,
+      limit=limit,
+      virtual=virtual,
+      placement=args.placement,
     )
 
   train_rows, eval_rows = encode(train_set), encode(eval_set)
   lengths = training.buckets(train_rows, eval_rows)
-
-  # Method: nodes inside the params.
-  example = next(training.batches(train_rows, args.batch, lengths))[1]
-  sites = pelt.sites(model, example["input_ids"], jnp.ones_like(example["input_ids"]))
-  params = method.init(jax.random.key(args.seed), base, sites)
   apply = pelt.bypass(model.apply)
   place, options = None, {}
   if mesh is not None:
@@ -145,14 +158,21 @@ def main(argv: list[str] | None = None) -> dict:
 
   # What it can do before training.
   metric, higher = training.MAIN_METRIC[args.task]
-  evaluator = training.Evaluator(apply, eval_rows, args.batch, lengths, place, **options)
-  before = evaluator(params)
+  scoring = lambda rows, lengths: training.Evaluator(
+    apply, rows, args.batch, lengths, place, **options
+  )
+  evaluator = scoring(eval_rows, lengths)
+  # An untrained prompt is noise: what counts is the model without one.
+  plain = scoring(encode(eval_set, virtual=()), None) if virtual else evaluator
+  before = plain(params)
   forget = None
   if general_set is not None:
-    rows = encode(general_set, "lm")
-    forget = training.Evaluator(apply, rows, args.batch, None, place, **options)
-    forgotten = [forget(params)["loss"]]
-  sample = [continuation(apply, params, tokenizer)] if demo and args.task == "lm" else []
+    forget = scoring(encode(general_set, "lm"), None)
+    plain = scoring(encode(general_set, "lm", ()), None) if virtual else forget
+    forgotten = [plain(params)["loss"]]
+  sample = []
+  if demo and args.task == "lm":
+    sample.append(continuation(apply, params, tokenizer, ()))
 
   # Training.
   loader = training.Loader(train_rows, args.batch, args.seed, lengths)
@@ -168,7 +188,14 @@ def main(argv: list[str] | None = None) -> dict:
   tx = optax.inject_hyperparams(optax.adamw)(learning_rate=rate, weight_decay=DECAY)
   loss = training.LOSSES[args.task]
   train = training.train_step(apply, loss, tx, method, clip=CLIP, accumulate=args.accumulate)
-  checkpoints = training.Checkpoints(out / "checkpoints", run_options(args, steps))
+  if chief and args.overwrite:  # not before everything was found to be in order
+    for name in OUTPUTS:
+      path = out / name
+      shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+  same = run_options(args, steps) | {"contents of the files": fingerprint(train_rows, eval_rows)}
+  checkpoints = training.Checkpoints(out / "checkpoints", same)
+  if args.resume and checkpoints.latest() is None and not args.quiet:
+    print(f"no checkpoint in {out / 'checkpoints'}: starting anew")
   every = max(1, loader.steps_per_epoch if args.epochs else math.ceil(steps / 4))
   done = training.fit(
     train,
@@ -191,7 +218,7 @@ def main(argv: list[str] | None = None) -> dict:
   if forget is not None:
     forgotten.append(forget(done.params)["loss"])
   if sample:
-    sample.append(continuation(apply, done.params, tokenizer))
+    sample.append(continuation(apply, done.params, tokenizer, virtual))
   final = done.params if mesh is None else training.replicate(done.params, mesh)
   if not chief:
     return {}
@@ -360,10 +387,6 @@ def prepare(out: pathlib.Path, args: argparse.Namespace) -> None:
   """Makes the output folder; never mixes two runs in it."""
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out {out} is a file")
-  if args.overwrite and jax.process_index() == 0:
-    for name in OUTPUTS:
-      path = out / name
-      shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
   if out.is_dir() and any(out.iterdir()) and not (args.resume or args.overwrite):
     raise ValueError(f"--out {out} is not empty: pass --resume to go on, or --overwrite")
   out.mkdir(parents=True, exist_ok=True)
@@ -389,19 +412,29 @@ def read_files(args: argparse.Namespace, demo: bool):
   return *read, general
 
 
+def fingerprint(*sets: training.Encoded) -> int:
+  """A number that other data would change."""
+  sums = 0
+  for rows in sets:
+    for row in rows.rows:
+      for name in ("input_ids", "labels"):
+        sums = zlib.crc32(row[name].tobytes(), sums)
+  return sums
+
+
 def run_options(args: argparse.Namespace, steps: int) -> dict:
   """What a resumed run has to share with the one it continues."""
   names = ("model", "train", "eval", "task", "method", "batch", "accumulate", "lr", "length")
-  names += ("seed", "dtype", "scan", "best")
+  names += ("seed", "dtype", "scan", "best", "placement")
   return {name: getattr(args, name) for name in names} | {"set": sorted(args.set), "steps": steps}
 
 
 PROMPT = 'The "with" statement '
 
 
-def continuation(apply, params, tokenizer) -> str:
+def continuation(apply, params, tokenizer, virtual) -> str:
   """What the model writes after a prompt: drawn, since a small model's likeliest bytes repeat."""
-  ids = jnp.array([[tokenizer.bos, *tokenizer.encode(PROMPT).ids]], jnp.int32)
+  ids = jnp.array([[*virtual, tokenizer.bos, *tokenizer.encode(PROMPT).ids]], jnp.int32)
   made = training.generate(
     apply, params, ids, max_new_tokens=120, temperature=0.5, key=jax.random.key(0)
   )

@@ -39,8 +39,8 @@ def ours(args: argparse.Namespace, out: pathlib.Path) -> dict[str, list[float]]:
   return found
 
 
-def theirs(args: argparse.Namespace) -> list[float]:
-  """Accuracies of torch PEFT."""
+def theirs(args: argparse.Namespace, out: pathlib.Path) -> list[float]:
+  """Accuracies of torch PEFT; a seed that is done already is not run again."""
   import numpy as np
   import torch
   from peft import LoraConfig, get_peft_model
@@ -68,6 +68,10 @@ def theirs(args: argparse.Namespace) -> list[float]:
   test = tensors(data["test"].examples)
   scores = []
   for seed in range(args.seeds):
+    done = out / f"peft-{seed}.json"
+    if done.is_file():
+      scores.append(json.loads(done.read_text()))
+      continue
     began = time.perf_counter()
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels))
@@ -96,7 +100,9 @@ def theirs(args: argparse.Namespace) -> list[float]:
     with torch.no_grad():
       logits = model(input_ids=test[0], attention_mask=test[1]).logits
     scores.append(float((logits.argmax(-1) == test[2]).float().mean()))
-    print(f"torch PEFT, seed {seed}: {scores[-1]:.4f} in {time.perf_counter() - began:.0f} s")
+    finetune.write(done, json.dumps(scores[-1]))
+    taken = time.perf_counter() - began
+    print(f"torch PEFT, seed {seed}: {scores[-1]:.4f} in {taken:.0f} s", flush=True)
   return scores
 
 
@@ -114,7 +120,7 @@ def main() -> None:
   out.mkdir(parents=True, exist_ok=True)
   file = out / "results.json"
   results = json.loads(file.read_text()) if file.is_file() else {}
-  results |= {"torch PEFT lora": theirs(args)} if args.torch else ours(args, out)
+  results |= {"torch PEFT lora": theirs(args, out)} if args.torch else ours(args, out)
   finetune.write(file, json.dumps(results, indent=2) + "\n")
   lines = ["# MiniLM on TREC: accuracy on the test set\n", "| run | mean | deviation | seeds |"]
   lines.append("|---|---|---|---|")

@@ -335,6 +335,7 @@ class Listening(Context):
       module=type(frame.module).__name__,
       shape=() if first is None else tuple(first.shape),
       dtype="" if first is None else str(first.dtype),
+      inputs=tuple(tuple(a.shape) for a in frame.args if _is_array(a)),
       out=() if given is None else tuple(given.shape),
     )
 

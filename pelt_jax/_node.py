@@ -197,7 +197,12 @@ class Node(meta.AxisMetadata):
 
 
 class Weight(Node):
-  """A node in place of an array leaf: it knows how to multiply without being built."""
+  """A node in place of an array leaf: it knows how to multiply without being built.
+
+  `outermost` classes stay outside the nodes that are added later.
+  """
+
+  outermost: ClassVar[bool] = False
 
   def materialize(self) -> jax.Array:
     """The plain array (with its stacked axes)."""

@@ -49,6 +49,7 @@ class Site:
     module: class name of the module, or of the module that owns the leaf.
     shape: leaf: its shape without stacked axes; call: the first array argument's shape.
     dtype: dtype name of the leaf or of that argument.
+    inputs: call: the shapes of all positional array arguments; leaf: `()`.
     out: call: shape of the (first) output; leaf: `()`.
     equations: leaf: the products it took part in, e.g. `"...i,io->...o"`, or `"lookup"`.
     stacked: lengths of the leading axes that scan or vmap added.
@@ -61,6 +62,7 @@ class Site:
   module: str
   shape: tuple[int, ...]
   dtype: str
+  inputs: tuple[tuple[int, ...], ...] = ()
   out: tuple[int, ...] = ()
   equations: tuple[str, ...] = ()
   stacked: tuple[int, ...] = ()

@@ -109,8 +109,10 @@ def require(params: dict, site: Site) -> Any:
 
 
 def over(leaf: Any, make: Callable[[Any], Any]) -> Any:
-  """`make(leaf)`, inside the guard if there is one: the guard stays outermost."""
-  return leaf.based(make(leaf.base)) if isinstance(leaf, Guard) else make(leaf)
+  """`make(leaf)`, inside the nodes that stay outermost: the guard, a prompt."""
+  if isinstance(leaf, Weight) and leaf.outermost:
+    return leaf.based(over(leaf.base, make))  # type: ignore[attr-defined]
+  return make(leaf)
 
 
 def like_box(leaf: Any, value: jax.Array, names: tuple[str | None, ...]) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 from pelt_jax._node import Node, Weight, strip, update_at
 from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, over, require
-from pelt_jax.nodes import Guard, Tuned
+from pelt_jax.nodes import Tuned
 
 
 def train(
@@ -114,7 +114,9 @@ def claimed(sites: tuple[Site, ...], targets: Targets, layers: Any) -> list[Site
 
 
 def _is_free(leaf: Any) -> bool:
-  return not isinstance(leaf.base if isinstance(leaf, Guard) else leaf, Weight)
+  while isinstance(leaf, Weight) and leaf.outermost:
+    leaf = leaf.inner
+  return not isinstance(leaf, Weight)
 
 
 def _tuned(leaf: Any, site: Site, group: str | None) -> Tuned:

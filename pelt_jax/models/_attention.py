@@ -89,6 +89,14 @@ def _grouped(x: Array, groups: int) -> Array:
   return x.reshape(batch, 1 if heads == 1 else groups, 1 if heads == 1 else heads // groups, *rest)
 
 
+class Positions(nn.Module):
+  """The tokens' positions, as they are; a module so that a node can shift them."""
+
+  @nn.compact
+  def __call__(self, position_ids: Array) -> Array:
+    return position_ids
+
+
 def causal_mask(
   queries: Array, keys: Array, window: int | None, extra: tuple[Array | None, ...]
 ) -> Array:

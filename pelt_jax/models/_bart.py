@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pelt_jax._site import Role
-from pelt_jax.models._attention import Array, AttentionCore, causal_mask, padding_mask
+from pelt_jax.models._attention import Array, AttentionCore, Positions, causal_mask, padding_mask
 from pelt_jax.models._bert import LayerNorm
 from pelt_jax.models._cache import place, remember
 from pelt_jax.models._config_seq2seq import BartConfig
@@ -159,7 +159,8 @@ class BartStack(nn.Module):
     else:
       mask = padding_mask(attention_mask, None)
     table = _table(c, self.dtype, c.max_position_embeddings + _OFFSET, "embed_positions")
-    x = x + table(slots.queries + _OFFSET)[None]  # padding has positions too
+    positions = Positions(name="positions")(slots.queries[None])  # padding has them too
+    x = x + table(positions + _OFFSET)
     x = _norm(self.dtype, "layernorm_embedding")(x)
     x = nn.Dropout(c.dropout_rate, name="dropout")(x, deterministic=deterministic)
     shared = (mask, memory, memory_mask, slots.index, cache_length, deterministic)
@@ -242,6 +243,7 @@ class BartForConditionalGeneration(Seq2Seq):
       "ffn_out": (Role("fc2"),),
       "ffn": (Role("ffn_dropout", "after", "../fc1:in"),),
       "attention": attention("core", "prefix"),
+      "positions": (Role("positions", "before"),),
       "embedding": (Role("shared"),),
       "norm": (
         Role("self_attn_layer_norm"),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pelt_jax._site import Role
-from pelt_jax.models._attention import Array, AttentionCore, padding_mask
+from pelt_jax.models._attention import Array, AttentionCore, Positions, padding_mask
 from pelt_jax.models._config import EncoderConfig
 from pelt_jax.models._layers import constrain, run_layers
 from pelt_jax.models._llama import activation
@@ -222,6 +222,7 @@ class _Encoder(nn.Module):
       "ffn_out": (Role(f"{layer}/output/dense"),),
       "ffn": (Role(f"{layer}/output/dropout", "after", "../../intermediate:in"),),
       "attention": (Role("attention/self/core", "prefix"),),
+      "positions": (Role("positions", "before"),),
       "embedding": (Role("embeddings/word_embeddings"),),
       "norm": (
         Role("embeddings/LayerNorm"),
@@ -295,6 +296,7 @@ class BertModel(_Encoder):
     c = self.config
     if position_ids is None:
       position_ids = self._positions(input_ids)
+    position_ids = Positions(name="positions")(position_ids)
     if token_type_ids is None:
       token_type_ids = jnp.zeros((1, input_ids.shape[1]), jnp.int32)
     x = BertEmbeddings(c, self.dtype, name="embeddings")(

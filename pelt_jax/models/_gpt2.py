@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pelt_jax._site import Role
-from pelt_jax.models._attention import Array, AttentionCore, causal_mask
+from pelt_jax.models._attention import Array, AttentionCore, Positions, causal_mask
 from pelt_jax.models._bert import LayerNorm
 from pelt_jax.models._cache import last_token, place, remember
 from pelt_jax.models._config_gpt2 import GPT2Config
@@ -148,6 +148,7 @@ class _GPT2(nn.Module):
       "ffn_out": (Role("mlp/c_proj"),),
       "ffn": (Role("mlp", "after", "in"),),
       "attention": (Role("attn/core", "prefix"),),
+      "positions": (Role("positions", "before"),),
       "embedding": (Role("wte"),),
       "norm": (Role("ln_1"), Role("ln_2"), Role("ln_f")),
       "head": self._head_roles(),
@@ -201,7 +202,7 @@ class GPT2Model(_GPT2):
     batch, length = input_ids.shape
     slots = place(self, attention_mask, position_ids, segment_ids, batch, length, cache_length)
     mask = causal_mask(slots.queries, slots.keys, None, (slots.mask,))
-    x = self.wte(input_ids) + self.wpe(slots.positions)
+    x = self.wte(input_ids) + self.wpe(Positions(name="positions")(slots.positions))
     x = nn.Dropout(c.embd_pdrop, name="drop")(x, deterministic=deterministic)
     x = run_layers(
       lambda name: GPT2Block(c, self.dtype, name=name),

@@ -15,6 +15,7 @@ from pelt_jax._site import Role
 from pelt_jax.models._attention import (
   Array,
   AttentionCore,
+  Positions,
   at_least_float32,
   causal_mask,
   rope_tables,
@@ -182,6 +183,7 @@ class _Decoder(nn.Module):
       "ffn_out": (Role("mlp/down_proj"),),
       "ffn": (Role("mlp", "after", "in"),),
       "attention": (Role("self_attn/core", "prefix"),),
+      "positions": (Role("positions", "before"),),
       "embedding": (Role("embed_tokens"),),
       "norm": (
         Role("input_layernorm"),
@@ -245,6 +247,7 @@ class LlamaModel(_Decoder):
     batch, length = input_ids.shape
     slots = place(self, attention_mask, position_ids, segment_ids, batch, length, cache_length)
     queries, keys, extra, position_ids, index = slots
+    position_ids = Positions(name="positions")(position_ids)
     cos, sin = rope_tables(c.rope, c.head_dim, position_ids, self.dtype)
     masks = {w: causal_mask(queries, keys, w, (extra,)) for w in dict.fromkeys(c.windows)}
 

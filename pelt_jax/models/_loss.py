@@ -101,15 +101,19 @@ def _gradient_with_loss(losses: Callable) -> Callable:
 
     # Traced once: a module that counts its calls, as dropout does, would differ the second time.
     program, shapes = jax.make_jaxpr(run, return_shape=True)(variables, rngs, x, labels)
+    # Variables are all of the module's, and the head reads few; the others, which may train, stay
+    # outside.
     read = {v for eqn in program.eqns for v in eqn.invars if not hasattr(v, "val")}
-    slots = program.jaxpr.invars[:-2]  # of variables and keys; all of the module's, few are read
-    given = zip(slots, jax.tree.leaves((variables, rngs)), strict=True)
-    weights = [value for slot, value in given if slot in read] + program.consts
+    leaves, keys = jax.tree.leaves(variables), jax.tree.leaves(rngs)
+    picked = [slot in read for slot in program.jaxpr.invars[: len(leaves)]]
+    weights = [w for w, mine in zip(leaves, picked, strict=True) if mine] + keys + program.consts
+    shape_of = lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype)
+    blanks = [None if mine else shape_of(w) for w, mine in zip(leaves, picked, strict=True)]
 
     def evaluate(weights, x, labels):
       left = iter(weights)
-      blank = lambda aval: jnp.zeros(aval.shape, aval.dtype)
-      values = [next(left) if slot in read else blank(slot.aval) for slot in slots]
+      values = [next(left) if blank is None else jnp.zeros_like(blank) for blank in blanks]
+      values += [next(left) for _ in keys]
       closed = jax.extend.core.ClosedJaxpr(program.jaxpr, list(left))
       out = jax.extend.core.jaxpr_as_fun(closed)(*values, x, labels)
       return jax.tree.unflatten(jax.tree.structure(shapes), out)
@@ -124,9 +128,10 @@ def _gradient_with_loss(losses: Callable) -> Callable:
 
     def backward(kept, cotangents):
       gradient, inputs = kept
-      ct = cotangents[0]  # what a chunk records has no gradient
+      ct: Any = cotangents[0]  # what a chunk records has no gradient
       if isinstance(ct, SymbolicZero):
-        ct = jnp.zeros(ct.aval.shape, ct.aval.dtype)
+        aval: Any = ct.aval
+        ct = jnp.zeros(aval.shape, aval.dtype)
       if inputs is None:
         return None, jnp.asarray(gradient * ct[..., None], gradient.dtype), None
       weights, x, labels = inputs

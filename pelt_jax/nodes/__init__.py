@@ -13,5 +13,7 @@ from pelt_jax.nodes._placements import After as After
 from pelt_jax.nodes._placements import AroundNorm as AroundNorm
 from pelt_jax.nodes._placements import Before as Before
 from pelt_jax.nodes._placements import Prefix as Prefix
+from pelt_jax.nodes._placements import Shift as Shift
+from pelt_jax.nodes._prompt import ExtendedEmbedding as ExtendedEmbedding
 from pelt_jax.nodes._tuned import Guard as Guard
 from pelt_jax.nodes._tuned import Tuned as Tuned

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Branch, Bypass, own, static
+from pelt_jax._node import Branch, Bypass, extra, own, static
 
 
 class After(Bypass):
@@ -61,6 +61,8 @@ class AroundNorm(Bypass):
 class Prefix(Bypass):
   """Extra keys and values in front of an attention core's own: `next(q, [k'; k], [v'; v], mask)`.
 
+  No position and no projection acts on them.
+
   Every query sees them, whatever the mask. The core is called with
   `(q, k, v, mask=None, bias=None)`, where mask (True: visible) and bias end in the key axis.
 
@@ -68,15 +70,19 @@ class Prefix(Bypass):
     keys: (P, heads, head width), in a bank (N, P, heads, head width); None waits for a generator.
     values: likewise.
     gate: None, () or a branch giving (B, 1, 1): scales keys and values.
+    length: None, or () how many rows count (a float): members of a bank may be shorter than P.
+    dropout: None or a `Dropout` for keys and values.
     tap: what the gate reads.
     banked: whether a member axis leads.
   """
 
   keys: Any = own()
   values: Any = own()
-  gate: Any = own()
-  tap: str = static("../in")
-  banked: bool = static(False)
+  gate: Any = own(default=None)
+  length: Any = extra(default=None)
+  dropout: Any = extra(default=None)
+  tap: str = static(default="../in")
+  banked: bool = static(default=False)
 
   def __call__(
     self, call: Any, q: jax.Array, k: jax.Array, v: jax.Array, mask=None, bias=None, **kwargs: Any
@@ -85,20 +91,54 @@ class Prefix(Bypass):
       raise ValueError(
         f"the prefix at {call.path!r} waits for its generator: run pelt.bypass or fold"
       )
-    own_k, own_v = self.array("keys"), self.array("values")
+    own_k, own_v, length = self.array("keys"), self.array("values"), self.length
     if self.banked:
-      own_k, own_v = call.picked((own_k, own_v), k.shape[0], own_k.shape[0])
+      mine = call.picked((own_k, own_v, length), k.shape[0], own_k.shape[0])
+      own_k, own_v, length = mine
     shape = (k.shape[0], *own_k.shape[-3:])
     own_k, own_v = (jnp.broadcast_to(jnp.asarray(x, k.dtype), shape) for x in (own_k, own_v))
+    if self.dropout is not None:
+      own_k, own_v = (self.dropout(call.salt(i), x) for i, x in enumerate((own_k, own_v)))
     if self.gate is not None:
       gate: Any = self.gate
       gate = gate(call, call.tap(self.tap))[..., None] if isinstance(gate, Branch) else gate
       gate = jnp.asarray(gate, k.dtype)
       own_k, own_v = own_k * gate, own_v * gate
     front = [(shape[1], 0)]
-    if mask is not None:
+    if self.banked and length is not None:  # rows that only fill a shorter member up
+      real = jnp.arange(shape[1], dtype=jnp.float32)[None] < length[:, None]
+      own_mask = real[:, None, None]
+      mask = jnp.ones((1, 1, 1, k.shape[1]), bool) if mask is None else mask
+      mask = _beside(own_mask, mask)
+    elif mask is not None:
       mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + front, constant_values=True)
     if bias is not None:
       bias = jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + front)
     k, v = jnp.concatenate([own_k, k], axis=1), jnp.concatenate([own_v, v], axis=1)
     return call.next(q, k, v, mask, bias, **kwargs)
+
+
+class Shift(Bypass):
+  """`next(positions + by)`: tokens stand behind what a prefix holds.
+
+  Attributes:
+    by: (), a float so that whole-tree gradients stay defined; in a bank (N,).
+    banked: whether a member axis leads.
+  """
+
+  by: Any = extra()
+  banked: bool = static(default=False)
+
+  def __call__(self, call: Any, position_ids: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    by = self.array("by")
+    if self.banked:
+      rows = call.rows
+      by = call.picked(by, len(rows) if rows is not None else 0, by.shape[0])[:, None]
+    return call.next(position_ids + jnp.asarray(by, position_ids.dtype), *args, **kwargs)
+
+
+def _beside(first: jax.Array, second: jax.Array) -> jax.Array:
+  """Masks (B, H, T, P) and (B, H, T, S) as one, each axis before the last 1 or full."""
+  second = second.reshape((1,) * (first.ndim - second.ndim) + second.shape)
+  lead = jnp.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+  return jnp.concatenate([jnp.broadcast_to(m, (*lead, m.shape[-1])) for m in (first, second)], -1)

@@ -29,7 +29,7 @@ class Tuned(Weight):
   """
 
   value: Any = own()
-  kind: str | None = static(None)
+  kind: str | None = static(default=None)
 
   @property
   def inner(self) -> Any:
@@ -60,6 +60,8 @@ class Guard(Weight):
   """
 
   base: Any = base()
+
+  outermost = True
 
   def materialize(self) -> jax.Array:
     self._check()

@@ -31,6 +31,8 @@ from pelt_jax.training._metrics import entity_scores as entity_scores
 from pelt_jax.training._metrics import language_scores as language_scores
 from pelt_jax.training._pack import Segment as Segment
 from pelt_jax.training._pack import pack as pack
+from pelt_jax.training._place import PLACEMENTS as PLACEMENTS
+from pelt_jax.training._place import place as place
 from pelt_jax.training._readers import TASKS as TASKS
 from pelt_jax.training._readers import DataError as DataError
 from pelt_jax.training._readers import Example as Example
@@ -38,6 +40,7 @@ from pelt_jax.training._readers import Examples as Examples
 from pelt_jax.training._readers import read as read
 from pelt_jax.training._step import State as State
 from pelt_jax.training._step import TrainStep as TrainStep
+from pelt_jax.training._step import masters as masters
 from pelt_jax.training._step import train_step as train_step
 from pelt_jax.training._tokenizer import ByteTokenizer as ByteTokenizer
 from pelt_jax.training._tokenizer import FolderTokenizer as FolderTokenizer

@@ -15,7 +15,7 @@ class Compiled:
 
   Args:
     function: To be jitted.
-    by: Index of the argument whose shapes vary; those of all others must not.
+    by: Index of the argument whose shapes vary; of the others only dtypes may.
     **options: Of `jax.jit`.
 
   Attributes:
@@ -30,7 +30,8 @@ class Compiled:
 
   def __call__(self, *args: Any) -> Any:
     leaves, structure = jax.tree.flatten(args[self._by])
-    key = structure, tuple((x.shape, str(x.dtype)) for x in leaves)
+    dtypes = tuple(str(x.dtype) for x in jax.tree.leaves(args))
+    key = structure, tuple(x.shape for x in leaves), dtypes
     if key not in self._programs:
       start = time.perf_counter()
       with warnings.catch_warnings():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pelt_jax.training._pack import Segment, pack
+from pelt_jax.training._place import PLACEMENTS, place
 from pelt_jax.training._readers import Example, Examples
 from pelt_jax.training._tokenizer import FolderTokenizer, Tokenizer
 
@@ -74,6 +75,8 @@ def encode(
   labels: Sequence[str] = (),
   length: int | None = None,
   limit: int | None = None,
+  virtual: Sequence[int] = (),
+  placement: str = "start",
 ) -> Encoded:
   """Tokenizes a file's examples.
 
@@ -85,6 +88,11 @@ def encode(
     length: Longest row in tokens; longer examples are cut there, running text is split. None: an
       example may be as long as the model allows, and running text is split at 512.
     limit: How many positions the model has; None if any.
+    virtual: Ids of virtual tokens, from `pelt.virtual_tokens`, that every text gets. They count
+      towards `length` and `limit` and are never a target; the first token of running text stays
+      unpredicted where nothing but them precedes it, as without them.
+    placement: Where they stand: `"start"`, `"after_first"` (behind BOS or [CLS]) or `"end"`
+      (before [SEP]; in a prompt with completion or a conversation, before the first target).
 
   Raises:
     DataError: A label is not among `labels`, or an example is too long; names file and line.
@@ -94,9 +102,19 @@ def encode(
     raise ValueError(f"length={length}: expected at least 4 tokens")
   if length is not None and limit is not None and length > limit:
     raise ValueError(f"length={length}: the model has {limit} positions")
+  if placement not in PLACEMENTS:
+    raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
+  for name, room in (("length", length), ("the model's positions", limit)):
+    if room is not None and room - len(virtual) < 4:
+      raise ValueError(
+        f"{len(virtual)} virtual tokens leave no room for text: {name} is {room}, and at least 4 "
+        "tokens of text are needed. Shorten the prompt or raise length"
+      )
+  length, limit = (None if n is None else n - len(virtual) for n in (length, limit))
+  prompt = (tuple(virtual), placement)
   if task == "lm":
-    return _language(examples, tokenizer, length, limit)
-  return _supervised(examples, tokenizer, task, tuple(labels), length, limit)
+    return _language(examples, tokenizer, length, limit, prompt)
+  return _supervised(examples, tokenizer, task, tuple(labels), length, limit, prompt)
 
 
 def _supervised(
@@ -106,6 +124,7 @@ def _supervised(
   labels: tuple[str, ...],
   length: int | None,
   limit: int | None,
+  prompt: tuple[Sequence[int], str],
 ) -> Encoded:
   ids_of = {name: i for i, name in enumerate(labels)}
 
@@ -129,11 +148,13 @@ def _supervised(
     if cut < len(ids):
       truncated += 1
       ids = ids[:cut] if closing is None else [*ids[: cut - 1], closing]
+    ids, moved = place(ids, *prompt, closing=closing is not None)
     row: dict[str, np.ndarray] = {"input_ids": np.array(ids, np.int32)}
     if at is None:
       row["labels"] = np.array(id_of(example, str(example.label)), np.int32)
     else:
-      at = np.where(at < cut - (closing is not None), at, -1)
+      kept = (at >= 0) & (at < cut - (closing is not None))
+      at = np.where(kept, np.asarray(moved)[np.where(kept, at, 0)], -1)
       row["labels"] = np.full(len(ids), IGNORE, np.int32)
       for position, tag in zip(at, example.tags or (), strict=True):
         target = id_of(example, tag)
@@ -181,7 +202,11 @@ def _fit(
 
 
 def _language(
-  examples: Examples, tokenizer: Tokenizer, length: int | None, limit: int | None
+  examples: Examples,
+  tokenizer: Tokenizer,
+  length: int | None,
+  limit: int | None,
+  prompt: tuple[Sequence[int], str],
 ) -> Encoded:
   segments: list[Segment] = []
   total_bytes = truncated = 0
@@ -189,14 +214,16 @@ def _language(
   several = len(examples) > 1
   for example in examples:
     if example.messages is not None or example.prompt is not None:
-      segment, n_bytes = _completion(examples, example, tokenizer)
-      cut = _fit(examples, example, len(segment.inputs), length, limit)
+      segment, n_bytes = _completion(examples, example, tokenizer, prompt)
+      extra = len(prompt[0])
+      cut = extra + _fit(examples, example, len(segment.inputs) - extra, length, limit)
       if cut < len(segment.inputs):
         truncated += 1
         segment = Segment(segment.inputs[:cut], segment.labels[:cut])
       new = [segment]
     else:
       new, n_bytes = _running(example.text or "", tokenizer, window, several)
+      new = [_prompted(s, tokenizer, prompt) for s in new]
     new = [s for s in new if (s.labels != IGNORE).any()]
     segments += new
     total_bytes += n_bytes if new else 0
@@ -204,6 +231,7 @@ def _language(
     raise examples.error(examples.examples[0].line, "no token is left to predict")
   longest = max(len(s.inputs) for s in segments)
   total = sum(len(s.inputs) for s in segments)
+  window += len(prompt[0])
   # Without a length, completions are packed into rows of about 512, longer if one of them is.
   size = max(longest, min(window, total)) if length is None else min(window, total)
   rows = pack(segments, size, tokenizer.pad, IGNORE)
@@ -234,13 +262,32 @@ def _running(
   return segments, n_bytes
 
 
-def _completion(examples: Examples, example: Example, tokenizer: Tokenizer) -> tuple[Segment, int]:
+def _prompted(segment: Segment, tokenizer: Tokenizer, prompt: tuple[Sequence[int], str]) -> Segment:
+  """Running text behind virtual tokens."""
+  virtual, placement = prompt
+  if virtual and (placement == "end" or (placement == "after_first" and not tokenizer.adds_bos)):
+    raise ValueError(
+      f"placement={placement!r}: running text has no {'end' if placement == 'end' else 'first'} "
+      "token to stand by; use placement='start'"
+    )
+  ids, at = place(segment.inputs.tolist(), virtual, placement)
+  labels = np.full(len(ids), IGNORE, np.int32)
+  labels[at] = segment.labels
+  return Segment(np.array(ids, np.int32), labels)
+
+
+def _completion(
+  examples: Examples,
+  example: Example,
+  tokenizer: Tokenizer,
+  prompt: tuple[Sequence[int], str],
+) -> tuple[Segment, int]:
   """A prompt and completion, or a conversation: only what the model has to write is a target."""
   if example.messages is None:
-    prompt, completion = example.prompt or "", example.completion or ""
-    if prompt and completion and not (prompt[-1].isspace() or completion[0].isspace()):
-      prompt += "\n"
-    before, after = tokenizer.encode(prompt).ids, tokenizer.encode(completion).ids
+    question, completion = example.prompt or "", example.completion or ""
+    if question and completion and not (question[-1].isspace() or completion[0].isspace()):
+      question += "\n"
+    before, after = tokenizer.encode(question).ids, tokenizer.encode(completion).ids
     if tokenizer.adds_bos and tokenizer.bos is not None:
       before = [tokenizer.bos, *before]
     if tokenizer.eos is not None:
@@ -249,8 +296,13 @@ def _completion(examples: Examples, example: Example, tokenizer: Tokenizer) -> t
     n_bytes = len(completion.encode())
   else:
     ids, supervised, n_bytes = _conversation(examples, example, tokenizer)
-  stream = np.array(ids, np.int32)
-  labels = np.where(supervised, stream, np.int32(IGNORE)).astype(np.int32)
+  virtual, placement = prompt
+  first = supervised.index(True) if placement == "end" and True in supervised else len(ids)
+  placed = place(ids[:first], virtual, placement)
+  stream = np.array([*placed.ids, *ids[first:]], np.int32)
+  labels = np.full(len(stream), IGNORE, np.int32)
+  at = np.array([*placed.at, *range(first + len(virtual), len(stream))], np.int64)
+  labels[at] = np.where(supervised, ids, IGNORE)
   return Segment(stream[:-1], labels[1:]), n_bytes
 
 

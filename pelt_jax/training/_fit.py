@@ -149,7 +149,8 @@ def fit(
     loss = float(value)
     if not math.isfinite(loss):
       raise Diverged(
-        f"the loss of step {number} is {loss}: lower the learning rate, or clip (`clip=1.0`)"
+        f"the loss of step {number} is {loss}: lower the learning rate, warm up longer, or clip "
+        "gradients harder"
       )
     history.loss.append([number, loss])
     return loss
@@ -162,18 +163,20 @@ def fit(
 
   number = start
   stopped = patience is not None and since >= patience
+  mark: float | None = None  # when the step before last was done
   with _bar(progress, start, steps) as advance:
     while number < steps and not stopped:
       batch = place(next(loader))
-      before, began = program.seconds, time.perf_counter()
+      before = program.seconds
       trainable, state, metrics = program(
         trainable, frozen, state, batch, jax.random.fold_in(key, number)
       )
       number += 1
       loss = flush()  # of the step before, so that the device never waits for the host
-      pending = (number, metrics["loss"])
-      if program.seconds == before:
-        times.append(time.perf_counter() - began)
+      now = time.perf_counter() if loss is not None else None
+      if now is not None and mark is not None and program.seconds == before:
+        times.append(now - mark)
+      mark, pending = now, (number, metrics["loss"])
       advance(loss)
       due = number == steps or (every is not None and number % every == 0)
       if evaluate is not None and due:
@@ -192,6 +195,8 @@ def fit(
       if keep or stopped:
         flush()
         save(number)
+      if pending is None:  # evaluated or saved since: the next interval is no step's
+        mark = None
     advance(flush(), 0)
   if metric is not None and history.best is not None:
     trainable = best

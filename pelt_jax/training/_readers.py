@@ -264,6 +264,14 @@ def _header(
   if any(all(name in lower for name in group) for group in _NEEDS[task]):
     return lower, rows[1:]
   if task == "classification" and len(names) == 2:
+    others = [row[1].strip() for _, row in rows[1:] if len(row) == 2]
+    if len(others) > 2 and names[1] not in others and len(set(others)) < len(others):
+      raise file.error(
+        line,
+        f"{names} looks like a header, since no other row has the label {names[1]!r}. If it is "
+        f"one, pass `--columns text={names[0]},label={names[1]}`; if not, put the line "
+        "`text,label` before it",
+      )
     return ["text", "label"], rows
   groups = " or ".join(",".join(group) for group in _NEEDS[task])
   raise file.error(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from pelt_jax._transform import Transform
-from pelt_jax._tree import partition, penalised, penalty, value_and_grad
+from pelt_jax._tree import combine, partition, penalised, penalty, value_and_grad
 
 
 class State(NamedTuple):
@@ -129,6 +129,18 @@ def _learning_rates(state: Any) -> list[jax.Array]:
   injected = lambda x: hasattr(x, "hyperparams")
   found = [x for x in jax.tree.leaves(state, is_leaf=injected) if injected(x)]
   return [x.hyperparams["learning_rate"] for x in found if "learning_rate" in x.hyperparams]
+
+
+def masters(params: Any) -> Any:
+  """Params whose trainable arrays are float32 where they were half precision, as in training.
+
+  >>> import pelt_jax
+  >>> half = {"w": pelt_jax.nodes.Tuned(jnp.ones(2, jnp.bfloat16)), "b": jnp.ones(2, jnp.bfloat16)}
+  >>> [str(x.dtype) for x in jax.tree.leaves(masters(half))]
+  ['bfloat16', 'float32']
+  """
+  trainable, frozen = partition(params)
+  return combine(jax.tree.map(_master, trainable), frozen)
 
 
 def _master(x: Any) -> Any:

@@ -60,6 +60,7 @@ def test_a_lora_step_costs_two_forward_passes(lora):
   assert 1.95 < lora["ratio"] <= 2.06
 
 
+@pytest.mark.parity
 def test_full_fine_tuning_costs_three():
   full = flops.measure(pelt.full())
   assert full["ratio"] == pytest.approx(3.0, abs=0.02)
@@ -85,6 +86,7 @@ def test_optimizer_state_is_for_the_trainable_part_alone(lora):
   assert lora["optimizer"] == 2 * lora["trainable"] + 1  # two moments and AdamW's counter
 
 
+@pytest.mark.parity
 def test_the_whole_tree_route_costs_the_same(lora):
   loss, _, params, batch = flops.case(QUERY_VALUE)
   tx = optax.multi_transform(
@@ -101,6 +103,7 @@ def test_the_whole_tree_route_costs_the_same(lora):
   assert whole == pytest.approx(lora["step"], rel=2e-3)
 
 
+@pytest.mark.parity
 def test_scanned_and_rematerialized_layers_need_no_more():
   counts = {}
   for scan, remat in ((False, False), (True, False), (False, True), (True, True)):

@@ -266,7 +266,7 @@ def test_adapters_with_a_changed_base_are_refused(kind, tmp_path):
 
 @pytest.mark.parametrize(("source", "task"), [("minilm", "classification"), ("smollm2", "lm")])
 def test_real_models_both_ways(source, task, tmp_path):
-  """float32, a real checkpoint: 1e-5 of the largest logit is a few units in the last place."""
+  """float32, a real checkpoint: adapters of size 0.1 in up to 30 layers, rounded on both sides."""
   folder = support.require(source)
   labels = {"num_labels": 6} if task == "classification" else {}
   model, base = pelt.models.from_pretrained(folder, task=task, **labels)
@@ -278,7 +278,7 @@ def test_real_models_both_ways(source, task, tmp_path):
   ids = np.random.default_rng(0).integers(1000, 20000, (2, 24)).astype(np.int32)
   want = output(theirs, ids)
   apply = jax.jit(pelt.bypass(model.apply))
-  helpers.close(apply({"params": params}, ids), want, 1e-5)
+  helpers.close(apply({"params": params}, ids), want, 3e-5)
   theirs.save_pretrained(str(tmp_path / "theirs"))
   again = pelt.interop.peft.load(tmp_path / "theirs", model, base)
-  helpers.close(apply({"params": again}, ids), want, 1e-5)
+  helpers.close(apply({"params": again}, ids), want, 3e-5)

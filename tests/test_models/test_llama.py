@@ -205,6 +205,7 @@ def test_attention_dropout_and_unknown_activations():
 
 
 ROLES = {
+  "positions": 1,
   "query": 3, "key": 3, "value": 3, "attention_out": 3, "ffn_in": 6, "ffn_out": 3, "ffn": 3,
   "attention": 3, "embedding": 1, "norm": 7,
 }  # fmt: skip
@@ -221,5 +222,5 @@ def test_every_role_names_its_modules(name, head, scan):
         found.setdefault(served.role, set()).add(site.path)
   want = dict(ROLES)
   if scan:  # two layers fewer, and the embedding and the last norm are no part of them
-    want = {r: n if r == "embedding" else (n + 2) // 3 for r, n in ROLES.items()}
+    want = {r: n if r in ("embedding", "positions") else (n + 2) // 3 for r, n in ROLES.items()}
   assert {r: len(p) for r, p in found.items()} == want | ({"head": 1} if head else {})

@@ -34,10 +34,10 @@ def same(a, b):
 
 @pytest.mark.parametrize(
   ("name", "task", "scan"),
-  [(*pair, True) for pair in PAIRS + SEQ2SEQ_PAIRS]
-  + [  # layers are taken apart in the same way whatever stands on top of them
-    pytest.param(n, t, False, marks=[pytest.mark.parity] * (t != "classification"))
+  [  # layers are taken apart in the same way whatever stands on top of them
+    pytest.param(n, t, scan, marks=[pytest.mark.parity] * (t not in ("classification", "seq2seq")))
     for n, t in PAIRS + SEQ2SEQ_PAIRS
+    for scan in (True, False)
   ],
 )
 def test_what_is_saved_loads_bit_for_bit(name, task, scan, tmp_path):

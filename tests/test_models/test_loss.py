@@ -16,6 +16,8 @@ from tests.test_models.helpers import (
   trees_close,
 )
 
+OWN = pytest.param("llama", marks=pytest.mark.parity)
+
 
 def test_loss_in_closed_form():
   # softmax of (0, ln 3) is (1/4, 3/4).
@@ -35,7 +37,7 @@ def test_half_precision_logits_give_float32_losses():
   assert out.dtype == jnp.float32 and abs(float(out[0, 0]) - np.log(300)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])  # own head, tied head
+@pytest.mark.parametrize("name", [OWN, "qwen2"])  # own head, tied head
 # 4 chunks of 3 positions (one padded), 6 of 2
 @pytest.mark.parametrize("chunk", [10, pytest.param(6, marks=pytest.mark.parity)])
 def test_chunks_change_neither_losses_nor_gradients(name, chunk):
@@ -102,7 +104,7 @@ def products_with(size, jaxpr):
   return count
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])  # own head, tied head
+@pytest.mark.parametrize("name", [OWN, "qwen2"])
 def test_a_frozen_head_is_not_computed_again(name):
   model, params = built(name, "lm")
   ids, labels = tokens(3, 11), tokens(3, 11, seed=1)
@@ -135,6 +137,7 @@ def test_a_frozen_head_is_not_computed_again(name):
   assert products == 4  # the logits twice, their gradients in x and in the head
 
 
+@pytest.mark.parity
 def test_dropout_at_the_head_is_the_same_both_ways():
   model, params = built("llama", "lm")
   ids = tokens(2, 8)

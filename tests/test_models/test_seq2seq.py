@@ -184,7 +184,7 @@ ROLES = {
   },
   "bart": {
     "query": 8, "key": 8, "value": 8, "attention_out": 8, "ffn_in": 5, "ffn_out": 5, "ffn": 5,
-    "attention": 8, "embedding": 1, "norm": 15,
+    "attention": 8, "embedding": 1, "norm": 15, "positions": 2,
   },
 }  # fmt: skip
 

@@ -5,10 +5,10 @@ import pytest
 from tests.support import on_devices
 
 WORKER = "from tests.test_sharding import worker as w\n"
-LONG = pytest.mark.parity
 
 
-@pytest.mark.parametrize("mesh", ["data=2,model=4", pytest.param("fsdp=8", marks=LONG)])
+@pytest.mark.parity
+@pytest.mark.parametrize("mesh", ["data=2,model=4", "fsdp=8"])
 def test_scanned_and_rematerialized(mesh):
   on_devices(f"{WORKER}w.check_trees(*w.check_training({mesh!r}, scan=True, remat=True))")
 

@@ -214,3 +214,89 @@ def test_real_tokenizers(stories, shared_data):
   joined = np.concatenate([row["labels"] for row in data.rows])
   assert tokenizer.decode(joined) == part.examples[0].text
   assert all(row["input_ids"][0] == 1 for row in data.rows)
+
+
+VIRTUAL = range(300, 302)
+
+
+def test_virtual_tokens_stand_before_text_and_change_no_target():
+  plain = training.encode(texts("abcdefg"), BYTES, "lm", length=4)
+  data = training.encode(texts("abcdefg"), BYTES, "lm", length=6, virtual=VIRTUAL)
+  for row, before in zip(data.rows, plain.rows, strict=True):
+    assert row["input_ids"].tolist() == [300, 301, *before["input_ids"]]
+    assert row["labels"].tolist() == [IGNORE, IGNORE, *before["labels"]]
+  assert data.bytes == plain.bytes
+  first = training.encode(
+    texts("ab"), BYTES, "lm", length=6, virtual=VIRTUAL, placement="after_first"
+  )
+  assert first.rows[0]["input_ids"].tolist() == [1, 300, 301, *ids("a")]
+  # What BOS predicted is still predicted from where it stands.
+  assert first.rows[0]["labels"].tolist() == [*ids("a"), IGNORE, IGNORE, *ids("b")]
+
+
+def test_each_packed_text_has_its_own_virtual_tokens():
+  data = training.encode(texts("abc", "d", "ef"), BYTES, "lm", length=12, virtual=VIRTUAL)
+  assert sum(row["segment_ids"].max() for row in data.rows) == 3 > len(data.rows)
+  for row in data.rows:
+    starts = np.flatnonzero(row["position_ids"] == 0)[: row["segment_ids"].max()]
+    assert (row["input_ids"][starts] == 300).all() and (row["input_ids"][starts + 1] == 301).all()
+
+
+def test_virtual_tokens_at_the_end_of_a_prompt_predict_its_completion():
+  example = file_of(prompt="ab", completion="cd")
+  (row,) = training.encode(example, BYTES, "lm", virtual=VIRTUAL, placement="end").rows
+  assert row["input_ids"].tolist() == [1, *ids("ab\n"), 300, 301, *ids("cd")]
+  assert row["labels"].tolist() == [IGNORE] * 5 + [*ids("cd"), 2]
+  (row,) = training.encode(example, BYTES, "lm", virtual=VIRTUAL).rows
+  assert row["input_ids"].tolist() == [300, 301, 1, *ids("ab\ncd")]
+  assert row["labels"].tolist() == [IGNORE] * 5 + [*ids("cd"), 2]
+
+
+@pytest.mark.parametrize(
+  ("placement", "want"),
+  [
+    ("start", [20, 21, 2, 5, 6, 3]),
+    ("after_first", [2, 20, 21, 5, 6, 3]),
+    ("end", [2, 5, 6, 20, 21, 3]),
+  ],
+)
+def test_placements_among_special_tokens(bert, placement, want):
+  example = file_of(text="a bad", label="y")
+  (row,) = training.encode(
+    example,
+    bert,
+    "classification",
+    labels=("n", "y"),
+    virtual=range(20, 22),
+    placement=placement,
+  ).rows
+  assert row["input_ids"].tolist() == want and row["labels"] == 1
+
+
+@pytest.mark.parametrize("placement", training.PLACEMENTS)
+def test_tags_stay_on_their_words(bert, placement):
+  example = file_of(tokens=("bad", "wordly", "."), tags=("A", "B", "A"))
+  data = training.encode(
+    example, bert, "tagging", labels=("A", "B"), virtual=VIRTUAL, placement=placement
+  )
+  plain = training.encode(example, bert, "tagging", labels=("A", "B"))
+  (row,), (before,) = data.rows, plain.rows
+  kept = row["input_ids"] < 300
+  np.testing.assert_array_equal(row["input_ids"][kept], before["input_ids"])
+  np.testing.assert_array_equal(row["labels"][kept], before["labels"])
+  assert (row["labels"][~kept] == IGNORE).all()
+  ((_, at),), ((_, old),) = data.tags, plain.tags
+  np.testing.assert_array_equal(row["input_ids"][at], before["input_ids"][old])
+
+
+def test_virtual_tokens_need_room_and_a_place(bert):
+  example = file_of(text="a", label="y")
+  options = dict(labels=("n", "y"), virtual=VIRTUAL)
+  with pytest.raises(ValueError, match="2 virtual tokens leave no room for text: length is 5"):
+    training.encode(example, bert, "classification", length=5, **options)
+  with pytest.raises(ValueError, match="leave no room for text: the model's positions is 5"):
+    training.encode(example, bert, "classification", limit=5, **options)
+  with pytest.raises(ValueError, match="placement must be one of"):
+    training.encode(example, bert, "classification", placement="middle", **options)
+  with pytest.raises(ValueError, match="placement='end': running text has no end token"):
+    training.encode(texts("abc"), BYTES, "lm", virtual=VIRTUAL, placement="end")

@@ -113,6 +113,79 @@ def test_classification(finetune, bert, tmp_path, method):
   assert scores["accuracy"] == report["metric"]["after"]
 
 
+@LONG
+@pytest.mark.parametrize("placement", ["start", "end"])
+def test_prompt_tuning(finetune, bert, tmp_path, placement):
+  data = sentiment(tmp_path)
+  report = finetune.main(
+    arguments(
+      tmp_path,
+      bert,
+      data,
+      "classification",
+      method="prompt_tuning",
+      set="length=3",
+      placement=placement,
+    )
+  )
+  out, counts = tmp_path / "out", report["parameters"]
+  check_report(report, out, "accuracy", 16 * 2 + 2)
+  assert counts["trainable"] == counts["stored"] == 3 * 16
+  model, base = models.from_pretrained(
+    bert, task="classification", num_labels=2, key=jax.random.key(0)
+  )
+  params = pelt.load(out / "adapter", base)
+  rows = training.encode(
+    training.read(data, "classification"),
+    training.load_tokenizer(bert),
+    "classification",
+    labels=("neg", "pos"),
+    virtual=pelt.virtual_tokens(params),
+    placement=placement,
+  )
+  assert len(rows.rows[0]["input_ids"]) == 3 + 8  # six words between [CLS] and [SEP]
+  scores = training.evaluate(pelt.bypass(model.apply), params, rows, 4)
+  assert scores["loss"] == pytest.approx(report["scores"]["after"]["loss"], rel=1e-5)
+
+
+@LONG
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_half_precision_trains_float32_additions(finetune, bert, tmp_path, method):
+  data = sentiment(tmp_path)
+  report = finetune.main(
+    arguments(tmp_path, bert, data, "classification", method=method, dtype="bfloat16", steps=6)
+  )
+  check_report(report, tmp_path / "out", "accuracy", report["parameters"]["head"])
+  _, base = models.from_pretrained(
+    bert, task="classification", num_labels=2, dtype="bfloat16", key=jax.random.key(0)
+  )
+  params = pelt.load(tmp_path / "out/adapter", base)
+  assert {str(x.dtype) for x in jax.tree.leaves(pelt.partition(params)[0])} == {"float32"}
+  assert {str(x.dtype) for x in jax.tree.leaves(pelt.merge(params))} == {"bfloat16"}
+
+
+def test_overwrite_deletes_nothing_before_all_is_in_order(finetune, bert, tmp_path):
+  data = sentiment(tmp_path)
+  finetune.main(arguments(tmp_path, bert, data, "classification", steps=1))
+  before = sorted(p.name for p in (tmp_path / "out").iterdir())
+  argv = arguments(
+    tmp_path, bert, data, "classification", steps=1, overwrite=True, train=tmp_path / "none.csv"
+  )
+  with pytest.raises(OSError, match=r"none\.csv"):
+    finetune.main(argv)
+  assert sorted(p.name for p in (tmp_path / "out").iterdir()) == before
+
+
+@LONG
+def test_a_run_is_not_resumed_on_other_data(finetune, bert, tmp_path):
+  data = sentiment(tmp_path)
+  argv = arguments(tmp_path, bert, data, "classification", steps=4)
+  finetune.main(argv)
+  sentiment(tmp_path, SENTIMENT[:8])
+  with pytest.raises(ValueError, match="contents of the files"):
+    finetune.main([*argv, "--resume"])
+
+
 def test_an_adapter_for_another_base_is_refused(finetune, bert, tmp_path):
   finetune.main(arguments(tmp_path, bert, sentiment(tmp_path), "classification", steps=1))
   (tmp_path / "other").mkdir()

@@ -142,3 +142,15 @@ def test_real_files(shared_data):
     assert len(training.read(shared_data / name, task)) == count, name
   path = shared_data / "e2e/devset.csv"
   assert len(training.read(path, "lm", "prompt=mr,completion=ref")) == 4672
+
+
+def test_an_unknown_header_is_not_a_row(tmp_path):
+  path = tmp_path / "data.csv"
+  rows = "good,pos\nbad,neg\nfine,pos\ndull,neg\n"
+  path.write_text("review,sentiment\n" + rows)
+  with pytest.raises(training.DataError, match=r"data\.csv:1.*looks like a header.*text=review"):
+    training.read(path, "classification")
+  columns = "text=review,label=sentiment"
+  assert len(training.read(path, "classification", columns)) == 4
+  path.write_text(rows)
+  assert len(training.read(path, "classification")) == 4

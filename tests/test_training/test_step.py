@@ -116,6 +116,7 @@ def lora_params(model, params, key=3):
   return jax.tree.map(lambda x: x + jnp.asarray(0.01, x.dtype), params)
 
 
+@pytest.mark.parity
 def test_parts_of_a_batch_add_up_to_the_batch():
   """Sums over sums of counts: rows differ in their targets, so means of means differ."""
   with jax.enable_x64(True):
