@@ -21,13 +21,18 @@ def at_least_float32(dtype: Any) -> Any:
 
 
 class AttentionCore(nn.Module):
-  """softmax(q kᵀ / √D + bias) v with grouped key/value heads; it has no parameters.
+  """softmax(scale · q kᵀ + bias) v with grouped key/value heads; it has no parameters.
 
   It is a module so that a node can stand around it: a prefix hands it longer `k`, `v` and `mask`.
   Any number of keys S will do.
+
+  Attributes:
+    dropout: of the weights.
+    scale: 1 / √D if None.
   """
 
   dropout: float = 0.0
+  scale: float | None = None
 
   @nn.compact
   def __call__(
@@ -56,9 +61,8 @@ class AttentionCore(nn.Module):
     batch, length, heads, width = q.shape
     groups = k.shape[2]
     # Heads of one group are queries over the same keys: no copy of k and v is made.
-    q = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(
-      batch, length, groups, heads // groups, width
-    )
+    scale = width**-0.5 if self.scale is None else self.scale
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, groups, heads // groups, width)
     wide = at_least_float32(q.dtype)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide)
     if bias is not None:

@@ -6,8 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-_COMMON = {"initializer_range": 0.02, "pad_token_id": None}
-_LLAMA = _COMMON | {
+from pelt_jax.models import _config_gpt2, _config_seq2seq
+from pelt_jax.models._config_base import COMMON, BaseConfig, divides, refuse
+from pelt_jax.models._config_gpt2 import GPT2Config
+from pelt_jax.models._config_seq2seq import BartConfig, T5Config
+
+_LLAMA = COMMON | {
   "vocab_size": 32000,
   "hidden_size": 4096,
   "intermediate_size": 11008,
@@ -28,7 +32,7 @@ _QWEN = _LLAMA | {
   "max_position_embeddings": 32768,
   "sliding_window": 4096,
 }
-_BERT = _COMMON | {
+_BERT = COMMON | {
   "vocab_size": 30522,
   "hidden_size": 768,
   "intermediate_size": 3072,
@@ -58,6 +62,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
   "qwen3": _QWEN | {"head_dim": 128},
   "bert": _BERT,
   "roberta": _BERT | {"vocab_size": 50265, "pad_token_id": 1},
+  "gpt2": _config_gpt2.DEFAULTS,
+  "t5": _config_seq2seq.T5_DEFAULTS,
+  "bart": _config_seq2seq.BART_DEFAULTS,
+}
+# Our name of a field: the file's, where they differ.
+_NAMES: dict[str, dict[str, str]] = {
+  "gpt2": _config_gpt2.NAMES,
+  "t5": _config_seq2seq.T5_NAMES,
+  "bart": _config_seq2seq.BART_NAMES,
 }
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -82,31 +95,7 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Config:
-  model_type: str
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_hidden_layers: int
-  num_attention_heads: int
-  hidden_act: str
-  max_position_embeddings: int
-  initializer_range: float
-  pad_token_id: int | None
-  num_labels: int
-  classifier_dropout: float | None
-  # What came from config.json (written back by `save_pretrained`) and where it came from. Neither
-  # shapes the program, so neither takes part in equality and hash.
-  raw: Mapping[str, Any] = dataclasses.field(compare=False, repr=False)
-  source: str | None = dataclasses.field(compare=False, repr=False)
-
-  def replace(self, **changes: Any) -> Any:
-    """Returns a copy with some fields changed."""
-    return dataclasses.replace(self, **changes)
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig(_Config):
+class DecoderConfig(BaseConfig):
   """Llama, Mistral, Qwen2 and Qwen3. `windows` holds each layer's sliding window (None: full)."""
 
   num_key_value_heads: int
@@ -123,7 +112,7 @@ class DecoderConfig(_Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig(_Config):
+class EncoderConfig(BaseConfig):
   """BERT and RoBERTa."""
 
   type_vocab_size: int
@@ -132,7 +121,14 @@ class EncoderConfig(_Config):
   attention_probs_dropout_prob: float
 
 
-Config = DecoderConfig | EncoderConfig
+Config = DecoderConfig | EncoderConfig | GPT2Config | T5Config | BartConfig
+_CLASSES: dict[str, Any] = {
+  "bert": EncoderConfig,
+  "roberta": EncoderConfig,
+  "gpt2": GPT2Config,
+  "t5": T5Config,
+  "bart": BartConfig,
+}
 
 
 def read_config(raw: Mapping[str, Any], *, source: str | None = None) -> Config:
@@ -144,7 +140,8 @@ def read_config(raw: Mapping[str, Any], *, source: str | None = None) -> Config:
     source: the folder the file came from, if any.
 
   Returns:
-    A `DecoderConfig` (llama, mistral, qwen2, qwen3) or an `EncoderConfig` (bert, roberta).
+    A `DecoderConfig` (llama, mistral, qwen2, qwen3), `EncoderConfig` (bert, roberta), `GPT2Config`,
+    `T5Config` or `BartConfig`.
 
   Raises:
     ValueError: an unknown `model_type`, or an option that would change the function computed and
@@ -163,7 +160,9 @@ def read_config(raw: Mapping[str, Any], *, source: str | None = None) -> Config:
       "Load the unquantized one and quantize it here (`transform=pelt.nf4(...)`)."
     )
   # An explicit null means "the default" only where the default itself says what null means.
-  got = _DEFAULTS[kind] | {k: v for k, v in raw.items() if v is not None or k == "sliding_window"}
+  got = {k: v for k, v in raw.items() if v is not None or k == "sliding_window"}
+  renamed = {ours: got[theirs] for ours, theirs in _NAMES.get(kind, {}).items() if theirs in got}
+  got = _DEFAULTS[kind] | got | renamed
   labels = got.get("num_labels", len(got.get("id2label") or {}) or 2)
   common = {
     "model_type": kind,
@@ -172,27 +171,28 @@ def read_config(raw: Mapping[str, Any], *, source: str | None = None) -> Config:
     "raw": dict(raw),
     "source": source,
   }
-  family = EncoderConfig if kind in ("bert", "roberta") else DecoderConfig
-  own = _encoder(got) if family is EncoderConfig else _decoder(kind, got)
+  family = _CLASSES.get(kind, DecoderConfig)
+  own = _OWN[family](got)
   names = {f.name for f in dataclasses.fields(family)}
   fields: dict[str, Any] = {k: v for k, v in got.items() if k in names} | common | own
   return family(**fields)
 
 
 def _encoder(got: Mapping[str, Any]) -> dict[str, Any]:
-  _refuse(got, "position_embedding_type", "absolute")
-  _refuse(got, "is_decoder", False)
-  _refuse(got, "add_cross_attention", False)
-  _divides(got["hidden_size"], got["num_attention_heads"], "hidden_size", "num_attention_heads")
+  refuse(got, "position_embedding_type", "absolute")
+  refuse(got, "is_decoder", False)
+  refuse(got, "add_cross_attention", False)
+  divides(got["hidden_size"], got["num_attention_heads"], "hidden_size", "num_attention_heads")
   return {}
 
 
-def _decoder(kind: str, got: Mapping[str, Any]) -> dict[str, Any]:
+def _decoder(got: Mapping[str, Any]) -> dict[str, Any]:
+  kind = got["model_type"]
   heads = got["num_attention_heads"]
   kv_heads = got["num_key_value_heads"] or heads
   if not got["head_dim"]:
-    _divides(got["hidden_size"], heads, "hidden_size", "num_attention_heads")
-  _divides(heads, kv_heads, "num_attention_heads", "num_key_value_heads")
+    divides(got["hidden_size"], heads, "hidden_size", "num_attention_heads")
+  divides(heads, kv_heads, "num_attention_heads", "num_key_value_heads")
   bias = bool(got.get("attention_bias", False)) and kind in ("llama", "qwen3")
   return {
     "num_key_value_heads": kv_heads,
@@ -246,11 +246,10 @@ def _rope(got: Mapping[str, Any]) -> Rope:
   return Rope(rope_type=kind, **{k: v for k, v in values.items() if k in names and v is not None})
 
 
-def _refuse(got: Mapping[str, Any], name: str, only: Any) -> None:
-  if got.get(name, only) != only:
-    raise ValueError(f"{name}={got[name]!r} is not implemented; only {only!r} is")
-
-
-def _divides(whole: int, part: int, whole_name: str, part_name: str) -> None:
-  if whole % part:
-    raise ValueError(f"{whole_name} ({whole}) is not a multiple of {part_name} ({part})")
+_OWN: dict[Any, Any] = {
+  DecoderConfig: _decoder,
+  EncoderConfig: _encoder,
+  GPT2Config: _config_gpt2.read,
+  T5Config: _config_seq2seq.read_t5,
+  BartConfig: _config_seq2seq.read_bart,
+}

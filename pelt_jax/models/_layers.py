@@ -150,14 +150,21 @@ def to_looped(params: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
   Returns:
     A new tree.
   """
-  path, length = model.stack
 
-  def walk(tree: Mapping[str, Any], rest: Sequence[str]) -> dict[str, Any]:
+  def walk(tree: Mapping[str, Any], rest: Sequence[str], length: int) -> dict[str, Any]:
     if rest:
-      return {k: walk(v, rest[1:]) if k == rest[0] else v for k, v in tree.items()}
+      return {k: walk(v, rest[1:], length) if k == rest[0] else v for k, v in tree.items()}
     return {str(i): unstack_layer(tree, i) for i in range(length)}
 
-  return walk(params, path.split("/"))
+  out: Any = params
+  for path, length in stacks(model):
+    out = walk(out, path.split("/"), length)
+  return out
+
+
+def stacks(model: nn.Module) -> tuple[tuple[str, int], ...]:
+  """Paths of a model's stacks of layers and how many layers each has."""
+  return model.stacks if hasattr(model, "stacks") else (model.stack,)
 
 
 def unstack_layer(tree: Any, i: int) -> Any:

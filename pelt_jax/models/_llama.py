@@ -18,11 +18,10 @@ from pelt_jax.models._attention import (
   Positions,
   at_least_float32,
   causal_mask,
-  padding_mask,
   rope_tables,
   rotate,
-  segment_positions,
 )
+from pelt_jax.models._cache import last_token, place, remember
 from pelt_jax.models._config import DecoderConfig
 from pelt_jax.models._layers import constrain, run_layers
 from pelt_jax.models._loss import chunked_losses
@@ -108,19 +107,13 @@ class LlamaAttention(nn.Module):
       k = RMSNorm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if cache_length is not None:
-      k = self._remember("key", k, cache_index, cache_length)
-      v = self._remember("value", v, cache_index, cache_length)
+      k = remember(self, "key", k, cache_index, cache_length)
+      v = remember(self, "value", v, cache_index, cache_length)
     out = AttentionCore(c.attention_dropout, name="core")(
       q, k, v, mask, deterministic=deterministic
     )
     out = out.reshape(*out.shape[:2], c.num_attention_heads * c.head_dim)
     return _dense(c, self.dtype, c.hidden_size, c.out_bias, "o_proj")(out)
-
-  def _remember(self, name: str, new: Array, index: Any, length: int) -> Array:
-    shape = (new.shape[0], length, *new.shape[2:])
-    store = self.variable("cache", name, jnp.zeros, shape, new.dtype)
-    store.value = jax.lax.dynamic_update_slice_in_dim(store.value, new, index, axis=1)
-    return store.value
 
 
 class LlamaMLP(nn.Module):
@@ -252,21 +245,8 @@ class LlamaModel(_Decoder):
     """
     c = self.config
     batch, length = input_ids.shape
-    index = None
-    if cache_length is None:
-      queries = keys = jnp.arange(length, dtype=jnp.int32)
-      extra = padding_mask(attention_mask, segment_ids)
-      if position_ids is None:
-        position_ids = _positions(attention_mask, segment_ids, length)
-    else:
-      if segment_ids is not None or (attention_mask is not None and attention_mask.ndim != 2):
-        raise ValueError("a cache takes an attention_mask (B, T) only, and no segment_ids")
-      index, valid = self._advance(attention_mask, batch, length, cache_length)
-      queries = index + jnp.arange(length, dtype=jnp.int32)
-      keys = jnp.arange(cache_length, dtype=jnp.int32)
-      extra = valid[:, None, None, :]
-      if position_ids is None:
-        position_ids = jax.lax.dynamic_slice_in_dim(_count(valid), index, length, axis=1)
+    slots = place(self, attention_mask, position_ids, segment_ids, batch, length, cache_length)
+    queries, keys, extra, position_ids, index = slots
     position_ids = Positions(name="positions")(position_ids)
     cos, sin = rope_tables(c.rope, c.head_dim, position_ids, self.dtype)
     masks = {w: causal_mask(queries, keys, w, (extra,)) for w in dict.fromkeys(c.windows)}
@@ -290,42 +270,10 @@ class LlamaModel(_Decoder):
     )
     return RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x)
 
-  def _advance(
-    self, attention_mask: Array | None, batch: int, length: int, slots: int
-  ) -> tuple[Array, Array]:
-    """Notes the new tokens in the cache; returns their first slot and which slots are real."""
-    if not self.is_mutable_collection("cache"):
-      raise ValueError('cache_length needs apply(..., mutable=["cache"]); "cache" is not mutable')
-    if length > slots:
-      raise ValueError(f"cache_length={slots} is shorter than the {length} tokens given")
-    index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
-    valid = self.variable("cache", "mask", jnp.zeros, (batch, slots), jnp.bool_)
-    if valid.value.shape != (batch, slots):
-      raise ValueError(
-        f"the cache holds (batch, slots) = {valid.value.shape}, this call needs {(batch, slots)}"
-      )
-    new = jnp.ones((batch, length), bool) if attention_mask is None else attention_mask.astype(bool)
-    start = index.value
-    valid.value = jax.lax.dynamic_update_slice_in_dim(valid.value, new, start, axis=1)
-    index.value = start + length
-    return start, valid.value
-
 
 def _other(windows: tuple[int | None, ...]) -> int | None:
   """The second kind of window, if there is one."""
   return next((w for w in windows if w != windows[0]), windows[0])
-
-
-def _count(mask: Array) -> Array:
-  return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
-
-
-def _positions(attention_mask: Array | None, segment_ids: Array | None, length: int) -> Array:
-  if segment_ids is not None:
-    return segment_positions(segment_ids)
-  if attention_mask is not None and attention_mask.ndim == 2:
-    return _count(attention_mask)
-  return jnp.arange(length, dtype=jnp.int32)[None]
 
 
 class LlamaForCausalLM(_Decoder):
@@ -410,14 +358,7 @@ class LlamaForSequenceClassification(_Decoder):
     """Logits (B, num_labels). The last real token is found by the mask, else by `pad_token_id`."""
     trunk = self._trunk("model")
     x = trunk(input_ids, attention_mask, position_ids, deterministic=deterministic)
-    slots = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    if attention_mask is not None and attention_mask.ndim == 2:
-      last = jnp.max(jnp.where(attention_mask.astype(bool), slots, 0), axis=1)
-    elif self.config.pad_token_id is not None:
-      last = jnp.max(jnp.where(input_ids != self.config.pad_token_id, slots, 0), axis=1)
-    else:
-      last = jnp.full((x.shape[0],), x.shape[1] - 1, jnp.int32)
-    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    x = last_token(x, input_ids, attention_mask, self.config.pad_token_id)
     return _dense(self.config, self.dtype, self.config.num_labels, False, "score")(x)
 
   def _head_roles(self) -> tuple[Role, ...]:

@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +22,42 @@ from flax import linen as nn
 from flax.core import meta
 
 from pelt_jax._node import walk
-from pelt_jax.models import _bert, _llama
-from pelt_jax.models._config import Config, DecoderConfig, read_config
-from pelt_jax.models._layers import stack_layers, to_looped
+from pelt_jax.models import _bart, _bert, _gpt2, _llama, _t5
+from pelt_jax.models._config import Config, read_config
+from pelt_jax.models._config_seq2seq import T5Config
+from pelt_jax.models._layers import stack_layers, stacks, to_looped
+from pelt_jax.models._names import COPIES, FRESH, LEFT_OUT, aliases, is_copy, torch_name, transposed
 from pelt_jax.models._safetensors import Entry, read_header, write, write_atomically
 
 _log = logging.getLogger(__name__)
 
 TASKS = ("lm", "classification", "tagging", "encoder", "seq2seq")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_DECODERS = {
+_LLAMA = {
   "lm": _llama.LlamaForCausalLM,
   "seq2seq": _llama.LlamaForCausalLM,  # source and target are one sequence for a decoder
   "classification": _llama.LlamaForSequenceClassification,
   "tagging": _llama.LlamaForTokenClassification,
   "encoder": _llama.LlamaModel,
 }
-_ENCODERS = {
+_BERT = {
   "classification": _bert.BertForSequenceClassification,
   "tagging": _bert.BertForTokenClassification,
   "encoder": _bert.BertModel,
 }
-# Heads that come with a task, and so may be absent from a checkpoint: initialised afresh.
-_FRESH = re.compile(r"^(score|classifier|(bert/)?pooler)/")
-# Tensors that other tasks use, and buffers that old files hold: left alone.
-_LEFT_OUT = re.compile(
-  r"^(score|classifier|lm_head|cls|qa_outputs|pooler|seq_relationship)\."
-  r"|\.pooler\.|inv_freq$|position_ids$|^(bert|roberta)\.embeddings\.token_type_ids$"
-)
+_CLASSES: dict[str, dict[str, Any]] = {
+  "bert": _BERT,
+  "roberta": _BERT | {"classification": _bert.RobertaForSequenceClassification},
+  "gpt2": {
+    "lm": _gpt2.GPT2LMHeadModel,
+    "seq2seq": _gpt2.GPT2LMHeadModel,
+    "classification": _gpt2.GPT2ForSequenceClassification,
+    "tagging": _gpt2.GPT2ForTokenClassification,
+    "encoder": _gpt2.GPT2Model,
+  },
+  "bart": {"seq2seq": _bart.BartForConditionalGeneration},
+  "t5": {"seq2seq": _t5.T5ForConditionalGeneration},
+}
 # Only copied: the library itself never reads them.
 _SIDE_FILES = (
   "tokenizer.json",
@@ -111,18 +119,15 @@ def from_config(
     raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name}")
   if jax.dtypes.canonicalize_dtype(name) != name:
     raise ValueError("dtype float64 needs 64-bit JAX: jax.config.update('jax_enable_x64', True)")
-  classes = _DECODERS if isinstance(config, DecoderConfig) else _ENCODERS
+  classes = _CLASSES.get(config.model_type, _LLAMA)
   if task not in classes:
     known = f"for {config.model_type}: {', '.join(classes)}" if task in TASKS else ", ".join(TASKS)
     raise ValueError(f"task {task!r} is not one of those known {known}")
-  model_class: Any = classes[task]
-  if config.model_type == "roberta" and task == "classification":
-    model_class = _bert.RobertaForSequenceClassification
   if num_labels is not None:
     if task not in ("classification", "tagging"):
       raise ValueError(f"num_labels is for classification and tagging, the task is {task!r}")
     config = config.replace(num_labels=num_labels)
-  return model_class(config, jnp.dtype(dtype), scan, remat)
+  return classes[task](config, jnp.dtype(dtype), scan, remat)
 
 
 def from_pretrained(
@@ -162,9 +167,10 @@ def from_pretrained(
       logits = model.apply({"params": params}, input_ids, attention_mask)
   """
   folder = _folder(source)
-  raw = _read_json(folder / "config.json")
+  config = read_config(_read_json(folder / "config.json"), source=str(folder))
+  entries = _entries(folder)
   model = from_config(
-    read_config(raw, source=str(folder)),
+    _with_own_head(config, entries),
     task=task,
     num_labels=num_labels,
     dtype=dtype,
@@ -172,7 +178,7 @@ def from_pretrained(
     remat=remat,
   )
   key = jax.random.key(0) if key is None else key
-  read = _reader(model, _entries(folder), key, folder)
+  read = _reader(model, entries, key, folder)
   if transform is not None:
     return model, _load_with_transform(model, read, transform, key)
   return model, _assemble(model, read, lambda path, value: jnp.asarray(value))
@@ -206,12 +212,12 @@ def save_pretrained(folder: str | Path, model: nn.Module, params: Mapping[str, A
       shape = leaf.shape[1:] if stacked else leaf.shape
       tensor = torch_name(name)
       where[tensor] = (path, i if stacked else None)
-      shapes[tensor] = (shape[::-1] if _is_kernel(name) else shape, leaf.dtype)
+      shapes[tensor] = (shape[::-1] if transposed(name, model) else shape, leaf.dtype)
 
   def get(tensor: str) -> np.ndarray:
     path, i = where[tensor]
     value = np.asarray(leaves[path] if i is None else leaves[path][i])
-    return value.T if _is_kernel(path) else value
+    return value.T if transposed(path, model) else value
 
   folder.mkdir(parents=True, exist_ok=True)
   write(folder / "model.safetensors", shapes, get, {"format": "pt"})
@@ -225,17 +231,6 @@ def save_pretrained(folder: str | Path, model: nn.Module, params: Mapping[str, A
   write_atomically(folder / "config.json", [text.encode()])
 
 
-def torch_name(path: str) -> str:
-  """A parameter's name in a Hugging Face checkpoint.
-
-  >>> torch_name("model/layers/0/self_attn/q_proj/kernel")
-  'model.layers.0.self_attn.q_proj.weight'
-  """
-  head, _, leaf = path.rpartition("/")
-  leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-  return f"{head}.{leaf}".replace("/", ".")
-
-
 def abstract_params(model: nn.Module) -> dict[str, Any]:
   """Shapes and dtypes of the model's parameters, without computing any."""
   # Tracing one scanned layer is much faster than tracing all of them.
@@ -247,6 +242,24 @@ def abstract_params(model: nn.Module) -> dict[str, Any]:
   return shapes if model.scan else to_looped(shapes, model)
 
 
+def _with_own_head(config: Config, entries: Mapping[str, Entry]) -> Config:
+  """T5's configuration says "tied" whatever the file holds: a head that differs is a head."""
+  head = entries.get("lm_head.weight")
+  if not isinstance(config, T5Config) or head is None or _equal(head, _shared(entries)):
+    return config
+  return config.replace(tie_word_embeddings=False)
+
+
+def _shared(entries: Mapping[str, Entry]) -> Entry | None:
+  """The tensor of the embedding that an encoder-decoder shares."""
+  names = ("shared.weight", "model.shared.weight")
+  return next((entries[n] for n in (*names, *filter(COPIES.search, entries)) if n in entries), None)
+
+
+def _equal(a: Entry, b: Entry | None) -> bool:
+  return b is None or (a.shape == b.shape and bool((a.read() == b.read()).all()))
+
+
 def _optional(model: nn.Module, path: str) -> bool:
   return isinstance(model, _bert.BertModel) and path.startswith("pooler/")
 
@@ -256,29 +269,31 @@ def _reader(
 ) -> dict[str, Callable[[], np.ndarray]]:
   """Looped path -> a function that reads that tensor, after all names and shapes were checked."""
   expected = dict(walk(abstract_params(model.clone(scan=False))))
-  prefix = f"{model.prefix}." if model.prefix else ""
   readers: dict[str, Callable[[], np.ndarray]] = {}
   used, problems, fresh = set(), [], []
   for path, leaf in expected.items():
     name = torch_name(path)
-    found = next((n for n in _aliases(name, prefix, model) if n in entries), None)
-    shape = leaf.shape[::-1] if _is_kernel(path) else leaf.shape
+    found = next((n for n in aliases(name, model) if n in entries), None)
+    shape = leaf.shape[::-1] if transposed(path, model) else leaf.shape
     if found is not None:
       used.add(found)
       if entries[found].shape != shape:
-        hint = " (see num_labels)" if _FRESH.match(path) else ""
+        hint = " (see num_labels)" if FRESH.match(path) else ""
         problems.append(f"{found} has shape {entries[found].shape}, expected {shape}{hint}")
-      readers[path] = _tensor(entries[found], leaf.dtype, _is_kernel(path))
-    elif _FRESH.match(path):
+      readers[path] = _tensor(entries[found], leaf.dtype, transposed(path, model))
+    elif FRESH.match(path):
       if not _optional(model, path):
         fresh.append(name)
         readers[path] = _fresh(path, leaf, key, model.config.initializer_range)
     else:
       problems.append(f"{name} is missing, expected shape {shape}")
-  tied = getattr(model.config, "tie_word_embeddings", False)
   for name in entries:
-    ignorable = _LEFT_OUT.search(name) or (tied and name.endswith("lm_head.weight"))
-    if name not in used and not ignorable:
+    if name in used:
+      continue
+    if is_copy(name, model):
+      if not _equal(entries[name], _shared(entries)):
+        problems.append(f"{name} differs from shared.weight: one embedding serves all")
+    elif not LEFT_OUT.search(name):
       problems.append(f"{name} {entries[name].shape} is unexpected")
   if problems:
     shown = "\n  ".join(problems[:20])
@@ -291,16 +306,6 @@ def _reader(
   return readers
 
 
-def _aliases(name: str, prefix: str, model: nn.Module) -> Iterator[str]:
-  """Names under which a tensor may lie: bare trunks, trunks of task models, TensorFlow's norms."""
-  decoder = isinstance(model.config, DecoderConfig)
-  trunk = "model." if decoder else f"{model.config.model_type}."
-  names = [name, name.removeprefix(prefix)] if prefix else [name, trunk + name]
-  for n in names:
-    yield n
-    yield n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
-
-
 def _tensor(entry: Entry, dtype: Any, transpose: bool) -> Callable[[], np.ndarray]:
   def read() -> np.ndarray:
     value = entry.read()
@@ -311,7 +316,7 @@ def _tensor(entry: Entry, dtype: Any, transpose: bool) -> Callable[[], np.ndarra
 
 def _fresh(path: str, leaf: Any, key: jax.Array, scale: float) -> Callable[[], np.ndarray]:
   def read() -> np.ndarray:
-    if path.endswith("/bias"):
+    if path.endswith("bias"):
       return np.zeros(leaf.shape, leaf.dtype)
     # Keyed by path, so that the order of loading never matters.
     folded = jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -352,37 +357,40 @@ def _load_with_transform(
       insert(shapes, path, leaf)
   values = transformed(looped, shapes, read, transform, key)
   out: dict[str, Any] = {}
-  stack, length = model.stack
   paths = set(values.paths)
   layers: dict[str, list[str]] = {}  # path in the result -> paths in the looped tree
   for path in sorted(paths):
-    inside = re.fullmatch(re.escape(stack) + r"/(\d+)/(.*)", path) if model.scan else None
+    inside, stack, length = _layer(model, path)
     if inside is None:
       layers[path] = [path]
       continue
-    alike = [f"{stack}/{i}/{inside[2]}" for i in range(length)]
+    alike = [f"{stack}/{i}/{inside}" for i in range(length)]
     if missing := [p for p in alike if p not in paths]:
       raise ValueError(
         f"the transform makes {path!r} but not {missing[0]!r}; scanned layers must be alike. "
         "Load with scan=False, or adapt all layers."
       )
-    layers[f"{stack}/{inside[2]}"] = alike
+    layers[f"{stack}/{inside}"] = alike
   for path, parts in layers.items():
     made = [values.get(p) for p in parts]
     insert(out, path, made[0] if parts == [path] else stack_layers(made, path))
   return out
 
 
+def _layer(model: nn.Module, path: str) -> tuple[str | None, str, int]:
+  """A looped path's part below its layer, its stack and the stack's length; None outside of all."""
+  for stack, length in stacks(model) if model.scan else ():
+    if inside := re.fullmatch(re.escape(stack) + r"/\d+/(.*)", path):
+      return inside[1], stack, length
+  return None, "", 0
+
+
 def _looped_paths(model: nn.Module, path: str) -> list[str]:
   """The paths of the tensors behind a leaf: itself, or one per layer of a scanned stack."""
-  stack, length = model.stack
-  if not model.scan or not path.startswith(stack + "/"):
-    return [path]
-  return [f"{stack}/{i}{path[len(stack) :]}" for i in range(length)]
-
-
-def _is_kernel(path: str) -> bool:
-  return path.endswith("/kernel")
+  for stack, length in stacks(model) if model.scan else ():
+    if path.startswith(stack + "/"):
+      return [f"{stack}/{i}{path[len(stack) :]}" for i in range(length)]
+  return [path]
 
 
 def insert(tree: dict[str, Any], path: str, value: Any) -> None:

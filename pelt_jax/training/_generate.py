@@ -39,8 +39,11 @@ def generate(
   top_p: float | None = None,
   eos_token_id: int | Sequence[int] | None = None,
   pad_token_id: int = 0,
+  decoder_start_token_id: int | Sequence[int] | None = None,
 ) -> Generated:
-  """Continues prompts, greedily or by sampling.
+  """Continues prompts, greedily or by sampling; of an encoder-decoder, answers sources.
+
+  An encoder-decoder encodes its source once, and computes cross attention's keys and values once.
 
   The program is compiled once per shape of the prompts, `max_new_tokens`, `top_k` and stopping
   tokens; other weights, prompts, keys, temperatures and `top_p` reuse it.
@@ -49,9 +52,9 @@ def generate(
     apply: `model.apply` of a language model, or `pelt.bypass(model.apply)`. Keep the object: a new
       one is a new program.
     params: the model's parameters, with or without nodes.
-    input_ids: (B, T) int, the prompts.
+    input_ids: (B, T) int, the prompts, or an encoder-decoder's sources.
     attention_mask: (B, T) of 0/1, at least one real token per row. Prompts padded on the right are
-      moved to the right edge, where generation continues.
+      moved to the right edge, where generation continues; sources stay where they are.
     max_new_tokens: how many tokens to make at most. The loop ends when all rows have stopped.
     rows: which member of a bank each row uses; needs a bypassed `apply`.
     key: random key; needed when `temperature` > 0.
@@ -60,6 +63,9 @@ def generate(
     top_p: sample among the fewest best tokens whose probabilities sum to at least `top_p`.
     eos_token_id: a row stops after this token (or any of these).
     pad_token_id: fills rows that have stopped.
+    decoder_start_token_id: what an encoder-decoder's answer starts behind, one token or several
+      (BART's start and a forced first token); by default what the model's configuration says, where
+      `apply` is its method or a bypass of that. It is no part of the result.
 
   Returns:
     `Generated(tokens, lengths)`.
@@ -85,11 +91,10 @@ def generate(
     raise ValueError(f"top_k must be at least 1, got {top_k}")
   if top_p is not None and not 0 < top_p <= 1:
     raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-  ids, mask = _left_padded(ids, attention_mask)
-  if eos_token_id is None:
-    stops: tuple[int, ...] = ()
-  else:
-    stops = tuple(int(t) for t in np.atleast_1d(np.asarray(eos_token_id)))
+  start = start_tokens(apply, decoder_start_token_id)
+  ids, mask = checked_mask(ids, attention_mask)
+  if not start:
+    ids, mask = left_padded(ids, mask)
   tokens, lengths = _run(
     params,
     jnp.asarray(ids, jnp.int32),
@@ -101,14 +106,34 @@ def generate(
     apply=apply,
     steps=max_new_tokens,
     top_k=top_k,
-    stops=stops,
+    stops=stopping_tokens(eos_token_id),
     pad=pad_token_id,
+    start=start,
   )
   return Generated(tokens, lengths)
 
 
-def _left_padded(ids: np.ndarray, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
-  """Shifts every row so that its last real token stands at the right edge."""
+def start_tokens(apply: Any, given: int | Sequence[int] | None) -> tuple[int, ...]:
+  """What an encoder-decoder's answer starts behind; nothing for a decoder."""
+  if given is not None:
+    return tuple(int(t) for t in np.atleast_1d(np.asarray(given)))
+  while apply is not None:
+    config = getattr(getattr(apply, "__self__", None), "config", None)
+    if (token := getattr(config, "decoder_start_token_id", None)) is not None:
+      return (int(token),)
+    apply = getattr(apply, "__wrapped__", None)
+  return ()
+
+
+def stopping_tokens(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
+  """The stopping tokens as a tuple."""
+  if eos_token_id is None:
+    return ()
+  return tuple(int(t) for t in np.atleast_1d(np.asarray(eos_token_id)))
+
+
+def checked_mask(ids: np.ndarray, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
+  """The ids and their mask, ones if there is none; every row has a real token."""
   if attention_mask is None:
     return ids, np.ones(ids.shape, np.int32)
   mask = np.asarray(attention_mask).astype(np.int32)
@@ -117,12 +142,55 @@ def _left_padded(ids: np.ndarray, attention_mask: Any) -> tuple[np.ndarray, np.n
   if not mask.any(axis=1).all():
     empty = np.flatnonzero(~mask.any(axis=1)).tolist()
     raise ValueError(f"attention_mask is all zero in rows {empty}: every prompt needs a token")
+  return ids, mask
+
+
+def left_padded(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Shifts every row so that its last real token stands at the right edge."""
   after = mask[:, ::-1].argmax(axis=1)  # how much padding follows the last real token
   source = (np.arange(ids.shape[1])[None] - after[:, None]) % ids.shape[1]
   return np.take_along_axis(ids, source, 1), np.take_along_axis(mask, source, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "steps", "top_k", "stops", "pad"))
+def decoding(
+  apply: Callable[..., Any], params: Any, length: int, steps: int, start: tuple[int, ...]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """The two calls of cached decoding.
+
+  Args:
+    apply: see `generate`.
+    params: see `generate`.
+    length: of the prompts or sources.
+    steps: how many tokens are to come.
+    start: what an encoder-decoder's answer starts behind; empty for a decoder.
+
+  Returns:
+    `prefill(ids, mask, rows) -> (logits, cache)` and `step(last, cache, rows) -> (logits, cache)`
+    with logits (B, 1, V) and the last tokens (B, 1).
+  """
+  slots = steps + (len(start) if start else length)
+  options: dict[str, Any] = {"cache_length": slots, "last_only": True, "mutable": ["cache"]}
+
+  def call(variables: Any, *args: Any, rows: Array | None, **kwargs: Any) -> Any:
+    kwargs |= options if rows is None else options | {"rows": rows}
+    return apply(variables, *args, **kwargs)
+
+  def prefill(ids: Array, mask: Array, rows: Array | None) -> Any:
+    if not start:
+      return call({"params": params}, ids, mask, rows=rows)
+    first = jnp.broadcast_to(jnp.array(start, jnp.int32)[None], (ids.shape[0], len(start)))
+    return call({"params": params}, ids, mask, decoder_input_ids=first, rows=rows)
+
+  def step(last: Array, cache: Any, rows: Array | None) -> Any:
+    variables = {"params": params, **cache}
+    if not start:
+      return call(variables, last, rows=rows)
+    return call(variables, None, decoder_input_ids=last, rows=rows)
+
+  return prefill, step
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "steps", "top_k", "stops", "pad", "start"))
 def _run(
   params: Any,
   ids: Array,
@@ -137,11 +205,10 @@ def _run(
   top_k: int | None,
   stops: tuple[int, ...],
   pad: int,
+  start: tuple[int, ...],
 ) -> tuple[Array, Array]:
   batch, length = ids.shape
-  options = {"cache_length": length + steps, "last_only": True, "mutable": ["cache"]}
-  if rows is not None:
-    options["rows"] = rows
+  prefill, follow = decoding(apply, params, length, steps, start)
 
   def choose(logits: Array, step: Array) -> Array:
     logits = logits[:, -1]
@@ -161,12 +228,12 @@ def _run(
   def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
     step, tokens, lengths, done, cache = state
     last = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
-    logits, cache = apply({"params": params, **cache}, last, **options)
+    logits, cache = follow(last, cache, rows)
     token = jnp.where(done, jnp.int32(pad), choose(logits, step))
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
     return step + 1, tokens, lengths + (~done).astype(jnp.int32), done | stopped(token), cache
 
-  logits, cache = apply({"params": params}, ids, mask, **options)
+  logits, cache = prefill(ids, mask, rows)
   token = choose(logits, jnp.int32(0))
   tokens = jnp.full((batch, steps), pad, jnp.int32).at[:, 0].set(token)
   state = (jnp.int32(1), tokens, jnp.ones(batch, jnp.int32), stopped(token), cache)

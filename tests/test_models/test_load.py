@@ -10,7 +10,7 @@ import safetensors.numpy
 import pelt_jax as pelt
 from pelt_jax import models
 from pelt_jax.models._load import torch_name
-from tests.test_models.helpers import PAIRS, build, built, random_params, tokens
+from tests.test_models.helpers import PAIRS, SEQ2SEQ_PAIRS, build, built, random_params, tokens
 
 
 def saved(folder, name="llama", task="lm"):
@@ -35,8 +35,8 @@ def same(a, b):
 @pytest.mark.parametrize(
   ("name", "task", "scan"),
   [  # layers are taken apart in the same way whatever stands on top of them
-    pytest.param(n, t, scan, marks=[pytest.mark.parity] * (t != "classification"))
-    for n, t in PAIRS
+    pytest.param(n, t, scan, marks=[pytest.mark.parity] * (t not in ("classification", "seq2seq")))
+    for n, t in PAIRS + SEQ2SEQ_PAIRS
     for scan in (True, False)
   ],
 )

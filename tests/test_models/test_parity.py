@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import types
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from tests.test_models.helpers import (
   padded,
   tokens,
 )
+from tests.test_models.lifting import Lifted
 
 torch = support.require("torch")
 transformers = support.require("transformers")
@@ -36,18 +36,10 @@ FAMILY = {
   "mistral": "Mistral",
   "qwen2": "Qwen2",
   "qwen3": "Qwen3",
+  "gpt2": "GPT2",
   "bert": "Bert",
   "roberta": "Roberta",
 }
-
-
-class Lifted(types.SimpleNamespace):
-  """torch whose float32 is float64: Hugging Face's decoders cast to float32 even in `.double()`."""
-
-  float32 = float = torch.float64
-
-  def __getattr__(self, name):
-    return getattr(torch, name)
 
 
 @pytest.fixture
@@ -55,7 +47,7 @@ def lifted(monkeypatch):
   """Lifts the hard-coded float32 of norms, rotary angles and softmax, which alone cost 1e-7."""
   names = [f"models.{family}.modeling_{family}" for family in FAMILY] + ["modeling_rope_utils"]
   for name in names:
-    monkeypatch.setattr(importlib.import_module(f"transformers.{name}"), "torch", Lifted())
+    monkeypatch.setattr(importlib.import_module(f"transformers.{name}"), "torch", Lifted(torch))
   # Dynamic scaling divides an integer tensor, which gives the default dtype.
   before = torch.get_default_dtype()
   torch.set_default_dtype(torch.float64)
@@ -70,11 +62,12 @@ def reference(raw, task, dtype, seed=0):
   config.num_labels = 5
   config._attn_implementation = "eager"
   torch.manual_seed(seed)
-  model = getattr(transformers, FAMILY[kind] + SUFFIX[task])(config).to(dtype).eval()
+  suffix = "LMHeadModel" if (kind, task) == ("gpt2", "lm") else SUFFIX[task]
+  model = getattr(transformers, FAMILY[kind] + suffix)(config).to(dtype).eval()
   with torch.no_grad():
     for name, p in model.named_parameters():
       p.normal_(0, 0.3 if p.ndim > 1 else 0.1)
-      if p.ndim == 1 and "norm" in name.lower() and name.endswith("weight"):
+      if p.ndim == 1 and name.endswith("weight"):  # a norm's scale
         p.add_(1)
   return model
 
@@ -82,7 +75,12 @@ def reference(raw, task, dtype, seed=0):
 def output(model, ids, mask=None):
   with torch.no_grad():
     mask = None if mask is None else torch.tensor(mask)
-    out = model(torch.tensor(ids, dtype=torch.long), attention_mask=mask)
+    kwargs = {}
+    if (
+      mask is not None and model.config.model_type == "gpt2"
+    ):  # it counts padding, save in generate
+      kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(0)
+    out = model(torch.tensor(ids, dtype=torch.long), attention_mask=mask, **kwargs)
   out = out.logits if hasattr(out, "logits") else out.last_hidden_state
   return out.numpy()
 

@@ -129,6 +129,59 @@ def test_nodes_run_in_every_step(model):
   assert (out.tokens != slowly(module, params, prompt, 6)).any()
 
 
+SOURCES = padded(tokens(3, 7), [7, 4, 1], "right")
+
+
+def answers(model, params, steps, start=(5,)):
+  """Greedy answers to `SOURCES` by full forwards."""
+  apply = jax.jit(model.apply)
+  ids = np.full((3, len(start) + steps), 9, np.int32)
+  ids[:, : len(start)] = start
+  for t in range(len(start), ids.shape[1]):
+    logits = apply({"params": params}, *SOURCES, decoder_input_ids=ids)
+    ids[:, t] = np.asarray(logits)[:, t - 1].argmax(-1)
+  return ids[:, len(start) :]
+
+
+@pytest.mark.parametrize("name", ["t5", "bart-scaled"])
+def test_an_encoder_decoder_answers_as_full_forwards_do(name):
+  module, params = built(name, "seq2seq")
+  want = answers(module, params, 8)
+  assert len(np.unique(want)) > 3 and (want[0] != want[1]).any()
+  out = generate(module.apply, params, *SOURCES, max_new_tokens=8)
+  np.testing.assert_array_equal(out.tokens, want)
+  stop = int(want[0, 2])
+  out = generate(module.apply, params, *SOURCES, max_new_tokens=8, eos_token_id=stop)
+  np.testing.assert_array_equal(out.tokens[0, : out.lengths[0]], want[0, : out.lengths[0]])
+  assert out.tokens[0, out.lengths[0] - 1] == stop and out.lengths[0] <= 3
+  # Another start than the configuration's, of two tokens.
+  out = generate(module.apply, params, *SOURCES, max_new_tokens=4, decoder_start_token_id=(8, 20))
+  np.testing.assert_array_equal(out.tokens, answers(module, params, 4, (8, 20)))
+
+
+def test_nodes_of_an_encoder_decoder_run_in_every_step():
+  module, params = built("t5-gated", "seq2seq")
+  method = pelt.lora(rank=2, targets=("query", "value", "ffn_in"))
+  nodes = method.init(jax.random.key(0), params, pelt.sites(module, SOURCES[0]))
+  nodes = jax.tree.map(lambda x: x + 0.2 if x.shape[-2:-1] == (2,) else x, nodes)
+  out = generate(pelt.bypass(module.apply), nodes, *SOURCES, max_new_tokens=6)
+  np.testing.assert_array_equal(out.tokens, answers(module, pelt.merge(nodes), 6))
+  assert (out.tokens != answers(module, params, 6)).any()
+
+
+def test_an_encoder_decoder_samples_by_the_key():
+  module, params = built("bart", "seq2seq")
+  draw = lambda seed, **options: np.asarray(
+    generate(
+      module.apply, params, *SOURCES, max_new_tokens=6, key=jax.random.key(seed), **options
+    ).tokens
+  )
+  a, b, c = (draw(s, temperature=3.0) for s in (0, 0, 1))
+  np.testing.assert_array_equal(a, b)
+  assert (a != c).any()
+  np.testing.assert_array_equal(draw(0, temperature=3.0, top_k=1), answers(module, params, 6))
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
