@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -141,9 +142,17 @@ def _tmpfs() -> None:
     subprocess.run(["umount", folder], check=True)
 
 
+def _glibc() -> str:
+  name, version = platform.libc_ver()
+  if name != "glibc":
+    raise Absent(f"the C library is {name or 'another'}")
+  return version
+
+
 PROVIDERS: dict[str, Callable[[], Any]] = {
   "flax_transformers": _flax_transformers,
   "gemma": _module("gemma"),
+  "glibc": _glibc,
   "minilm": _minilm,
   "peft": _module("peft"),
   "shared": _shared,

@@ -1,14 +1,13 @@
 """A process told to keep freed memory does not fault it in again."""
 
 import os
-import platform
 import subprocess
 import sys
 
 import pytest
 
 from pelt_jax import training
-from tests.support import REPOSITORY
+from tests.support import REPOSITORY, require
 
 STEPS = """
 import resource, sys
@@ -34,17 +33,13 @@ def run(how: str, **environment: str) -> str:
   return done.stdout or done.stderr
 
 
-needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-
-
-@needs_glibc
 def test_a_steps_memory_is_faulted_in_once():
+  require("glibc")
   kept, freed = int(run("keep")), int(run("free"))
   assert freed > 3 * 100e6 / 65536  # pages may be larger than the usual 4096 bytes
   assert kept < 0.01 * freed
 
 
-@needs_glibc
 @pytest.mark.parametrize("name", ["GLIBC_TUNABLES", "MALLOC_ARENA_MAX"])
 def test_the_environments_wishes_stand(name, monkeypatch):
   monkeypatch.setenv(name, "")
