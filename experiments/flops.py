@@ -32,11 +32,11 @@ SIZES = dict(
   num_hidden_layers=4,
   num_attention_heads=4,
   num_key_value_heads=4,
-  max_position_embeddings=128,
+  max_position_embeddings=256,
   tie_word_embeddings=False,
   model_type="llama",
 )
-BATCH, LENGTH = 8, 128
+BATCH, LENGTH, VIRTUAL = 8, 128, 20
 
 
 @dataclasses.dataclass
@@ -143,14 +143,16 @@ def train_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
   return step
 
 
-def case(method: pelt.Transform, sizes: dict = SIZES, **options: bool) -> tuple:
+def case(
+  method: pelt.Transform, sizes: dict = SIZES, length: int = LENGTH, **options: bool
+) -> tuple:
   """The loss of a Llama with full logits, its plain params, those with nodes, and a batch.
 
   All arrays are abstract. The full logits, so that forward and step do the same work: with
   `labels`, the model computes each chunk of logits a second time in the backward pass.
   """
   model = models.from_config(sizes, **options)
-  ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+  ids = jax.ShapeDtypeStruct((BATCH, length), jnp.int32)
   plain = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
   sites = pelt.sites(model, ids)
   params = jax.eval_shape(lambda p: method.init(jax.random.key(1), p, sites), plain)
@@ -172,6 +174,7 @@ def measure(method: pelt.Transform) -> dict[str, float]:
   wanted = needed(lambda t, f, b: loss(pelt.combine(t, f), b), trainable, frozen, batch)
   found = {
     "forward": compiled_flops(loss, plain, batch),
+    "forward_nodes": compiled_flops(loss, params, batch),
     "step": compiled_flops(step, trainable, frozen, state, batch),
     "forward_dots": dots_in(loss, plain, batch),
     "step_dots": dots_in(step, trainable, frozen, state, batch),
@@ -188,6 +191,9 @@ def measure(method: pelt.Transform) -> dict[str, float]:
 METHODS = {
   "lora(rank=8), query and value": pelt.lora(rank=8, targets=("query", "value")),
   "lora(rank=8), all-linear": pelt.lora(rank=8, targets="all-linear"),
+  f"prefix_tuning({VIRTUAL})": pelt.prefix_tuning(VIRTUAL),
+  f"p_tuning_v2({VIRTUAL})": pelt.p_tuning_v2(VIRTUAL),
+  f"prompt_tuning({VIRTUAL})": pelt.prompt_tuning(VIRTUAL),
   "full": pelt.full(),
 }
 
@@ -198,12 +204,15 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/results"))
   out = parser.parse_args().out
   rows = {name: measure(method) for name, method in METHODS.items()}
+  loss, plain, _, batch = case(pelt.full(), length=LENGTH + VIRTUAL)
+  longer = compiled_flops(loss, plain, batch)
   report = {
     "date": datetime.date.today().isoformat(),
     "versions": {m.__name__: m.__version__ for m in (jax, flax, optax)},
     "platform": jax.default_backend(),
     "model": SIZES,
     "batch": [BATCH, LENGTH],
+    "forward_with_tokens_for_a_prompt": longer,
     "methods": rows,
   }
   lines = [
@@ -218,17 +227,19 @@ def main() -> None:
     "float32, no remat. Forward: mean token loss from full logits, on plain params. Step: value "
     "and gradient of the same loss on params with nodes, and AdamW. Both compiled with params as "
     "arguments; GFLOP by `cost_analysis()`, products alone beside it (from the jaxpr), and what "
-    "the mathematics needs.",
+    "the mathematics needs. In the prompt's row some of the 128 tokens are virtual. The forward "
+    f"pass of {VIRTUAL} tokens more costs {longer / 1e9:.3f}.",
     "",
-    "| method | forward | step | step / forward | products: forward | step | needed | ratio "
-    "| trainable | optimizer |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "| method | forward | with nodes | step | step / forward | products: forward | step | needed "
+    "| ratio | trainable | optimizer |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
   ]
   for name, r in rows.items():
-    giga = [f"{r[k] / 1e9:.3f}" for k in ("forward_dots", "step_dots", "needed_dots")]
+    all_flops = [f"{r[k] / 1e9:.3f}" for k in ("forward", "forward_nodes", "step")]
+    products = [f"{r[k] / 1e9:.3f}" for k in ("forward_dots", "step_dots", "needed_dots")]
     lines.append(
-      f"| {name} | {r['forward'] / 1e9:.3f} | {r['step'] / 1e9:.3f} | {r['ratio']:.3f} | "
-      f"{' | '.join(giga)} | {r['ratio_dots']:.3f} | {r['trainable']:,} | {r['optimizer']:,} |"
+      f"| {name} | {' | '.join(all_flops)} | {r['ratio']:.3f} | "
+      f"{' | '.join(products)} | {r['ratio_dots']:.3f} | {r['trainable']:,} | {r['optimizer']:,} |"
     )
   out.mkdir(parents=True, exist_ok=True)
   for name, text in (

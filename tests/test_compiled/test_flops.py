@@ -67,6 +67,23 @@ def test_full_fine_tuning_costs_three():
   assert full["step_dots"] == full["needed_dots"]
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("method", [pelt.prefix_tuning(20), pelt.p_tuning_v2(20)])
+def test_a_prefix_costs_its_own_products_and_less_than_tokens(method):
+  found = flops.measure(method)
+  assert found["step_dots"] == found["needed_dots"]
+  assert found["step"] <= 1.02 * found["needed_dots"]
+  loss, plain, _, batch = flops.case(method, length=flops.LENGTH + 20)
+  assert found["forward"] < found["forward_nodes"] < flops.compiled_flops(loss, plain, batch)
+
+
+@pytest.mark.parity
+def test_virtual_tokens_cost_what_tokens_cost():
+  found = flops.measure(pelt.prompt_tuning(20))
+  assert found["forward_nodes"] <= 1.001 * found["forward"]
+  assert found["step_dots"] == found["needed_dots"]
+
+
 def test_the_step_has_no_product_that_the_gradient_does_not_need(lora):
   assert lora["step_dots"] == lora["needed_dots"]
   # Elementwise work (softmax, norms, AdamW) is about 1 % at width 256.
