@@ -1,10 +1,12 @@
 """MiniLM on TREC, several seeds: the main job beside torch PEFT with the same recipe.
 
   python experiments/trec.py --model MINILM_FOLDER --data TREC_FOLDER --out runs/trec
-  python experiments/trec.py ... --torch            # the same recipe in torch PEFT, LoRA only
+  python experiments/trec.py ... --torch            # the same recipe in torch PEFT
+  python experiments/trec.py ... --methods prefix_tuning p_tuning_v2 --seeds 3
 
-Three epochs, batch 32, rate 1e-3 falling linearly after a warm-up, length 32, LoRA of rank 8 on
-query and value plus a trained head. Writes results.json and results.md; the second call adds its.
+Three epochs, batch 32, length 32 besides virtual tokens, the rate falls linearly after a warm-up;
+the head trains too. Writes results.json and results.md; each call adds its rows, and a seed that is
+done already is not run again.
 """
 
 import argparse
@@ -15,14 +17,27 @@ import time
 
 import finetune
 
+VIRTUAL_METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2")
 RECIPE = {"epochs": 3, "batch": 32, "length": 32}
-RATES = {"lora": 1e-3, "full": 1e-4, "bitfit": 2e-3}
+RATES = {
+  "lora": 1e-3,
+  "full": 1e-4,
+  "bitfit": 2e-3,
+  "prompt_tuning": 3e-2,
+  "p_tuning": 1e-3,
+  "prefix_tuning": 1e-3,
+  "p_tuning_v2": 7e-3,
+}
+VIRTUAL = 10  # tokens of a prompt, rows of a prefix
 
 
 def ours(args: argparse.Namespace, out: pathlib.Path) -> dict[str, list[float]]:
   """Accuracies of the main job, by method."""
   found: dict[str, list[float]] = {}
-  for method, rate in RATES.items():
+  for method in args.methods:
+    room = VIRTUAL if method in ("prompt_tuning", "p_tuning") else 0
+    options = [f"--length={RECIPE['length'] + room}"]
+    options += ["--set", f"length={VIRTUAL}"] if method in VIRTUAL_METHODS else []
     for seed in range(args.seeds):
       folder = out / f"{method}-{seed}"
       if not (folder / "report.json").is_file():
@@ -30,8 +45,8 @@ def ours(args: argparse.Namespace, out: pathlib.Path) -> dict[str, list[float]]:
           [
             *("--model", args.model, "--task", "classification", "--method", method),
             *("--train", f"{args.data}/TREC.train.all", "--eval", f"{args.data}/TREC.test.all"),
-            *(f"--{k}={v}" for k, v in RECIPE.items()),
-            *("--lr", str(rate), "--seed", str(seed), "--out", str(folder), "--overwrite"),
+            *("--epochs", str(RECIPE["epochs"]), "--batch", str(RECIPE["batch"]), *options),
+            *("--lr", str(RATES[method]), "--seed", str(seed), "--out", str(folder), "--overwrite"),
           ]
         )
       report = json.loads((folder / "report.json").read_text())
@@ -39,11 +54,33 @@ def ours(args: argparse.Namespace, out: pathlib.Path) -> dict[str, list[float]]:
   return found
 
 
-def theirs(args: argparse.Namespace, out: pathlib.Path) -> list[float]:
-  """Accuracies of torch PEFT; a seed that is done already is not run again."""
+def peft_config(method: str):
+  """What the method is called in torch PEFT."""
+  import peft
+
+  options = {"task_type": "SEQ_CLS", "num_virtual_tokens": VIRTUAL}
+  if method == "lora":
+    return peft.LoraConfig(
+      task_type="SEQ_CLS", r=8, lora_alpha=8, target_modules=["query", "value"]
+    )
+  if method == "prompt_tuning":
+    return peft.PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **options)
+  if method == "p_tuning":
+    return peft.PromptEncoderConfig(
+      encoder_reparameterization_type="LSTM", encoder_hidden_size=192, **options
+    )
+  if method == "prefix_tuning":
+    return peft.PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=512, **options)
+  if method == "p_tuning_v2":
+    return peft.PrefixTuningConfig(**options)
+  raise SystemExit(f"torch PEFT has no {method}; pass --methods")
+
+
+def theirs(args: argparse.Namespace, out: pathlib.Path, method: str) -> list[float]:
+  """Accuracies of torch PEFT."""
   import numpy as np
   import torch
-  from peft import LoraConfig, get_peft_model
+  from peft import get_peft_model
   from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
   from pelt_jax import training
@@ -68,17 +105,16 @@ def theirs(args: argparse.Namespace, out: pathlib.Path) -> list[float]:
   test = tensors(data["test"].examples)
   scores = []
   for seed in range(args.seeds):
-    done = out / f"peft-{seed}.json"
+    done = out / f"peft-{method}-{seed}.json"
     if done.is_file():
       scores.append(json.loads(done.read_text()))
       continue
     began = time.perf_counter()
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels))
-    lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=8, target_modules=["query", "value"])
-    model = get_peft_model(model, lora)
+    model = get_peft_model(model, peft_config(method))
     trained = [p for p in model.parameters() if p.requires_grad]
-    tx = torch.optim.AdamW(trained, lr=RATES["lora"], weight_decay=0.01)
+    tx = torch.optim.AdamW(trained, lr=RATES[method], weight_decay=0.01)
     per_epoch = len(gold) // RECIPE["batch"]
     steps = per_epoch * RECIPE["epochs"]
     schedule = get_linear_schedule_with_warmup(tx, round(0.06 * steps), steps)
@@ -88,10 +124,10 @@ def theirs(args: argparse.Namespace, out: pathlib.Path) -> list[float]:
       for i in range(per_epoch):
         rows = order[i * RECIPE["batch"] : (i + 1) * RECIPE["batch"]]
         width = cut(mask[rows])
-        out = model(
+        result = model(
           input_ids=ids[rows, :width], attention_mask=mask[rows, :width], labels=gold[rows]
         )
-        out.loss.backward()
+        result.loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         tx.step()
         schedule.step()
@@ -102,7 +138,7 @@ def theirs(args: argparse.Namespace, out: pathlib.Path) -> list[float]:
     scores.append(float((logits.argmax(-1) == test[2]).float().mean()))
     finetune.write(done, json.dumps(scores[-1]))
     taken = time.perf_counter() - began
-    print(f"torch PEFT, seed {seed}: {scores[-1]:.4f} in {taken:.0f} s", flush=True)
+    print(f"torch PEFT {method}, seed {seed}: {scores[-1]:.4f} in {taken:.0f} s", flush=True)
   return scores
 
 
@@ -113,6 +149,7 @@ def main() -> None:
   parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
   parser.add_argument("--data", required=True, help="folder of TREC")
   parser.add_argument("--seeds", type=int, default=5)
+  parser.add_argument("--methods", nargs="+", default=["lora", "full", "bitfit"], choices=RATES)
   parser.add_argument("--torch", action="store_true", help="run torch PEFT")
   parser.add_argument("--out", default="runs/trec")
   args = parser.parse_args()
@@ -120,7 +157,10 @@ def main() -> None:
   out.mkdir(parents=True, exist_ok=True)
   file = out / "results.json"
   results = json.loads(file.read_text()) if file.is_file() else {}
-  results |= {"torch PEFT lora": theirs(args, out)} if args.torch else ours(args, out)
+  if args.torch:
+    results |= {f"torch PEFT {m}": theirs(args, out, m) for m in args.methods}
+  else:
+    results |= ours(args, out)
   finetune.write(file, json.dumps(results, indent=2) + "\n")
   lines = ["# MiniLM on TREC: accuracy on the test set\n", "| run | mean | deviation | seeds |"]
   lines.append("|---|---|---|---|")
