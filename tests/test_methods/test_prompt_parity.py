@@ -51,7 +51,8 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize(
-  ("name", "task"), [("llama", "lm"), ("qwen2", "lm"), ("bert", "classification")]
+  ("name", "task"),
+  [("llama", "lm"), ("qwen2", "lm"), ("gpt2", "lm"), ("bert", "classification")],
 )
 def test_prompt_tuning(name, task, tmp_path, lifted):
   config = lambda **kw: peft.PromptTuningConfig(num_virtual_tokens=LENGTH, **kw)
@@ -68,43 +69,44 @@ def test_prompt_tuning(name, task, tmp_path, lifted):
     helpers.close(got, logits(theirs, ids), 1e-9)
 
 
+def prefixed(theirs, base, sites, projection):
+  """Our params with the prefix of torch PEFT's model."""
+  encoder = theirs.prompt_encoder["default"]
+  method = pelt.prefix_tuning(LENGTH, reparametrize=projection, hidden=8)
+  params = method.init(jax.random.key(0), base, sites)
+  if projection:
+    (name,) = params["generators"]
+    first, last = encoder.transform[0], encoder.transform[2]
+    params["generators"][name] = params["generators"][name].replace(
+      embedding=array(encoder.embedding.weight),
+      w1=array(first.weight).T,
+      b1=array(first.bias),
+      w2=array(last.weight).T,
+      b2=array(last.bias),
+    )
+    assert params["generators"][name].w1.shape == (encoder.embedding.weight.shape[1], 8)
+    return params
+  prefixes = {p: v for p, v in walk(params) if isinstance(v, pelt.nodes.Prefix)}
+  heads = next(iter(prefixes.values())).keys.shape[-2:]
+  table = array(encoder.embedding.weight).reshape(LENGTH, -1, 2, *heads)
+  changes = {}
+  for path, node in prefixes.items():
+    layer = next(int(p) for p in path.split("/") if p.isdigit())
+    changes[path] = node.replace(keys=table[:, layer, 0], values=table[:, layer, 1])
+  return update_at(params, changes)
+
+
 @pytest.mark.parametrize("projection", [False, True])
-# Encoders take no keys and values from outside since transformers 5, so PEFT refuses them; under a
-# sliding window its prefix slides out of sight, where the paper lets every query see it.
-@pytest.mark.parametrize(("name", "task"), [("llama", "lm"), ("qwen3", "lm")])
-def test_prefix_tuning(name, task, projection, tmp_path, lifted):
+# Under a sliding window PEFT's prefix slides out of sight, where the paper lets every query see it.
+# Encoders take no keys and values from outside since transformers 5: BERT is in tests/test_foreign.
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_prefix_tuning(name, projection, tmp_path, lifted):
   config = lambda **kw: peft.PrefixTuningConfig(
     num_virtual_tokens=LENGTH, prefix_projection=projection, encoder_hidden_size=8, **kw
   )
   ids = helpers.tokens(2, 7)
   with jax.enable_x64(True):
-    model, base, theirs = pair(name, task, config, tmp_path)
-    # PEFT's own values would be N(0, 1) rows or a fresh MLP; both go over as they are.
-    encoder = theirs.prompt_encoder["default"]
-    sites = pelt.sites(model, ids)
-    method = pelt.prefix_tuning(LENGTH, reparametrize=projection, hidden=8)
-    params = method.init(jax.random.key(0), base, sites)
-    if projection:
-      (name,) = params["generators"]
-      first, last = encoder.transform[0], encoder.transform[2]
-      width = encoder.embedding.weight.shape[1]
-      params["generators"][name] = params["generators"][name].replace(
-        embedding=array(encoder.embedding.weight),
-        w1=array(first.weight).T,
-        b1=array(first.bias),
-        w2=array(last.weight).T,
-        b2=array(last.bias),
-      )
-      assert params["generators"][name].w1.shape == (width, 8)
-    else:
-      table = array(encoder.embedding.weight)
-      prefixes = {p: v for p, v in walk(params) if isinstance(v, pelt.nodes.Prefix)}
-      heads = next(iter(prefixes.values())).keys.shape[-2:]
-      table = table.reshape(LENGTH, -1, 2, *heads)
-      changes = {}
-      for path, node in prefixes.items():
-        layer = next(int(p) for p in path.split("/") if p.isdigit())
-        changes[path] = node.replace(keys=table[:, layer, 0], values=table[:, layer, 1])
-      params = update_at(params, changes)
+    model, base, theirs = pair(name, "lm", config, tmp_path)
+    params = prefixed(theirs, base, pelt.sites(model, ids), projection)
     got = pelt.bypass(model.apply)({"params": params}, ids)
     helpers.close(got, logits(theirs, ids), 1e-9)
