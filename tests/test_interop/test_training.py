@@ -11,7 +11,8 @@ from tests import support
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 
-def test_losses_of_minilm_on_trec_are_those_of_peft(shared_data, minilm, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
+def test_losses_of_minilm_on_trec_are_those_of_peft(method, shared_data, minilm, tmp_path):
   """Ten AdamW steps in float64; 50 of them are in experiments/results/parity_minilm_trec.json."""
   support.require("torch")
   support.require("transformers")
@@ -22,10 +23,11 @@ def test_losses_of_minilm_on_trec_are_those_of_peft(shared_data, minilm, tmp_pat
   spec.loader.exec_module(script)
   trec = shared_data / "trec" / "TREC.train.all"
   with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-    here, there = script.compare(trec, 10, "float64", size=8, length=16)
+    here, there = script.compare(method, trec, 10, "float64", size=8, length=16)
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-6)
     # It did train: without the nine steps before, the last batch has another loss.
     last = script.batches(minilm, trec, 10, 8, 16)[-1:]
     with jax.enable_x64(True):
-      untrained = script.train_here(*script.start(minilm, tmp_path, "float64"), last)
+      model, params = script.start(method, minilm, tmp_path, "float64")
+      untrained = script.train_here(model, params, script.placed(params, last))
   assert abs(untrained[0] - here[-1]) > 1e-3
