@@ -211,6 +211,11 @@ class BartForConditionalGeneration(Seq2Seq):
     return ("model/encoder/layers", encoder), ("model/decoder/layers", decoder)
 
   @property
+  def learned_positions(self) -> int:
+    """How many positions each stack's table has; text cannot be longer."""
+    return self.config.max_position_embeddings
+
+  @property
   def trunk(self) -> BartModel:
     """The module that owns the embedding and the stacks."""
     return self.model
