@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pelt_jax._node import Node, Weight, strip, walk
+from pelt_jax._site import matches
 from pelt_jax.models import torch_name
 from pelt_jax.models._layers import stacks
 from pelt_jax.models._names import transposed
@@ -91,3 +92,15 @@ def is_tied(model: Any, params: Mapping) -> bool:
   """Whether the output head is the embedding table itself."""
   generates = task_type(model) in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
   return generates and "lm_head" not in params and bool(model.config.tie_word_embeddings)
+
+
+def is_tokens(model: Any, place: Place) -> bool:
+  """Whether a tensor is the table of the model's tokens."""
+  parent = place.path.rpartition("/")[0]
+  roles = getattr(model, "roles", {}).get("embedding", ())
+  return place.leaf == TABLE and any(matches(role.pattern, parent) for role in roles)
+
+
+def is_copied(model: Any, place: Place) -> bool:
+  """Whether torch's encoder and decoder read this table under names of their own."""
+  return hasattr(model, "stacks") and is_tokens(model, place)
