@@ -29,8 +29,8 @@ def export(
 
   The file computes what params compute. A folder holds one method.
 
-  **LoRA.** Scaling is what a node stores, so `lora_alpha` is scaling * rank with `use_rslora` false,
-  also for what was made with rsLoRA. Unequal ranks and alphas go to `rank_pattern` and
+  **LoRA.** Scaling is what a node stores, so `lora_alpha` is scaling * rank with `use_rslora`
+  false, also for what was made with rsLoRA. Unequal ranks and alphas go to `rank_pattern` and
   `alpha_pattern`, under the full path of the module. Dtypes are kept. In particular:
 
   - Scanned layers are written one by one, without components that are zero on both sides.

@@ -80,8 +80,8 @@ def warn_of_windows(model: Any) -> None:
   windows = [w for w in getattr(model.config, "windows", ()) if w is not None]
   if windows:
     warnings.warn(
-      f"layers have a sliding window of {min(windows)} tokens: in PEFT the prefix slides out of it, "
-      "here every token sees the prefix; they agree while prefix and text fit the window",
+      f"layers have a sliding window of {min(windows)} tokens: in PEFT a prefix slides out of it, "
+      "here every token sees it; both agree while prefix and text fit the window",
       stacklevel=4,
     )
 

@@ -63,7 +63,9 @@ def load_prompt(
   complain(unknown, f"{file} has unknown fields that may change the function", strict)
   tensors = Tensors(folder)
   if TABLE not in tensors.entries:
-    raise ValueError(f"{tensors.file} lacks the tensor {TABLE!r}, which a {kind} adapter consists of")
+    raise ValueError(
+      f"{tensors.file} lacks the tensor {TABLE!r}, which a {kind} adapter consists of"
+    )
   if sites is None:
     sites = sites_of(model, jax.ShapeDtypeStruct((1, 2), jnp.int32))
   make = _prefix if kind == "PREFIX_TUNING" else _prompt
