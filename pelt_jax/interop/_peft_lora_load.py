@@ -115,8 +115,8 @@ class _Reader:
         )
       if is_tokens(self.model, place) and self.is_tied and not self.config.tied:
         raise ValueError(
-          f"{self.tensors.file}: {place.module} is adapted for lookups alone, but in this model the "
-          "head reads the same table; make the adapter with ensure_weight_tying=True"
+          f"{self.tensors.file}: {place.module} is adapted for lookups alone, but in this model "
+          "the head reads the same table; make the adapter with ensure_weight_tying=True"
         )
       pair = self._pair(place, factors.get(place.module, {}).pop(0, {}), place.shape)
       if pair is not None:

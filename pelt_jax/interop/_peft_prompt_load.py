@@ -136,4 +136,4 @@ def _prefix(
     init[core.path] = (both[0], both[1])  # each (layers, P, heads, width) or (P, heads, width)
   warn_of_windows(model)
   method = prefix_tuning(length, reparametrize=False, init=init, dtype=table.dtype)
-  return method.init(jax.random.key(0), base, sites)
+  return method.init(jax.random.key(0), dict(base), sites)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pelt_jax._node import every_node, walk
 from pelt_jax.nodes import Shift
@@ -166,7 +167,7 @@ def _shift(params: Any, rows: Any) -> int:
 
   def most(node: Shift) -> int:
     by = node.array("by")
-    if isinstance(by, jax.core.Tracer):  # inside a program of the caller's: not known here
+    if isinstance(by, Tracer):  # inside a program of the caller's: not known here
       return 0
     by = np.asarray(by)
     return int((by[..., np.asarray(rows)] if node.banked and rows is not None else by).max())
