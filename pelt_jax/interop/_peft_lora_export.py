@@ -191,6 +191,13 @@ class _Plan:
     parameters = {p.tensor: p for p in self.loras if p.leaf not in (LINEAR, TABLE)}
     everything = {p.module for p in self.places.values()}
     full = {**modules, **parameters}
+    targets, saved = _names(set(modules), everything, self.saved), list(self.saved)
+    tables = [p for p in modules.values() if self.tied and is_tokens(self.model, p)]
+    if tables:
+      full["lm_head"] = tables[0]
+    ensure = self.tied and any(m.endswith("embed_tokens") for m in everything)
+    if self.tied and not ensure:  # PEFT ties tables of no other name: the head is one module more
+      (targets if tables else saved).append("lm_head")
     ranks = {name: self.loras[p].rank for name, p in full.items()}
     alphas = {name: _alpha(self.loras[p]) for name, p in full.items()}
     rank, alpha = (collections.Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
@@ -209,15 +216,15 @@ class _Plan:
       "alpha_pattern": {key(n): a for n, a in sorted(alphas.items()) if a != alpha},
       "lora_dropout": self.dropout,
       "bias": self.bias,
-      "target_modules": _names(set(modules), everything, self.saved),
+      "target_modules": sorted(targets),
       "target_parameters": sorted(parameters) or None,
-      "modules_to_save": self.saved or None,
+      "modules_to_save": sorted(saved) or None,
       "init_lora_weights": True,
       "use_rslora": False,
       "use_dora": False,
       # GPT-2's Conv1D; PEFT sets it right again where a Linear is adapted beside one.
       "fan_in_fan_out": any(p.leaf == LINEAR and not p.transposed for p in modules.values()),
-      **({"ensure_weight_tying": True} if self.tied else {}),
+      **({"ensure_weight_tying": True} if ensure else {}),
     }
 
 

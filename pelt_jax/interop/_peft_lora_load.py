@@ -91,9 +91,6 @@ class _Reader:
         plain[name.replace(".base_layer.", ".")] = key
     self._read_modules(factors)
     self._read_parameters(factors)
-    if self.is_tied and self.config.tied:  # the same numbers again, under the head's name
-      factors.pop("lm_head", None)
-      plain.pop("lm_head.weight", None)
     self._read_whole(plain)
     left = [
       key for depths in factors.values() for sides in depths.values() for key in sides.values()
@@ -113,19 +110,38 @@ class _Reader:
           f"{self.tensors.file}: {place.module} is adapted, which torch's encoder and decoder read "
           "under names of their own; here it is one table"
         )
-      if is_tokens(self.model, place) and self.is_tied and not self.config.tied:
-        raise ValueError(
-          f"{self.tensors.file}: {place.module} is adapted for lookups alone, but in this model "
-          "the head reads the same table; make the adapter with ensure_weight_tying=True"
-        )
-      pair = self._pair(place, factors.get(place.module, {}).pop(0, {}), place.shape)
+      keys = factors.get(place.module, {}).pop(0, {})
+      if self.is_tied and is_tokens(self.model, place):
+        self._check_pair_of_head(place, keys, factors.pop("lm_head", {}).get(0, {}))
+      pair = self._pair(place, keys, place.shape)
       if pair is not None:
-        self.pairs[place] = _Pair(pair[0].T, pair[1].T, self._scaling(place.module), "io:ir,ro")
+        self.pairs[place] = _Pair(
+          pair[0].T, pair[1].T, self.config.scaling(place.module), "io:ir,ro"
+        )
     if targets and not hits:
       raise ValueError(f"target_modules={targets!r} names no module of {type(self.model).__name__}")
 
-  def _scaling(self, name: str) -> float:
-    return self.config.scaling(name)
+  def _check_pair_of_head(self, place: Place, table: dict[str, str], head: dict[str, str]) -> None:
+    """Here the head reads the table itself, so its change in the file must be the table's."""
+    self.adapted.append("lm_head")
+    there = set(table) == set(head) == {"A", "B"}
+    same = there and all(self._equal(head[a], table[b], True) for a, b in ("AB", "BA"))
+    if self.config.scaling("lm_head") != self.config.scaling(place.module):
+      same = False
+    elif self.config.tied:
+      same = True
+    self._check_head(place, same)
+
+  def _check_head(self, place: Place, same: bool) -> None:
+    if not same:
+      raise ValueError(
+        f"{self.tensors.file}: {place.module} is changed for lookups alone, but in this model the "
+        "head reads the same table; make the adapter with ensure_weight_tying=True"
+      )
+
+  def _equal(self, one: str, other: str, transposed: bool = False) -> bool:
+    a, b = (np.asarray(self.tensors.entries[k].read()) for k in (one, other))
+    return np.array_equal(a.T if transposed else a, b)
 
   def _pair(self, place: Place, keys: dict[str, str], shape: tuple[int, ...], times: int = 1):
     """A and B as stored, after their shapes were checked; None if they are missing."""
@@ -168,7 +184,7 @@ class _Reader:
     if pair is None:
       return
     a, b = pair
-    scaling = self._scaling(place.tensor)
+    scaling = self.config.scaling(place.tensor)
     if len(place.shape) == 2:
       self.pairs[place] = _Pair(a.T, b.T, scaling, "oi:ir,ro")
       return
@@ -206,6 +222,11 @@ class _Reader:
       if key is None:
         self.missing.append(PREFIX + place.tensor)
         continue
+      if self.is_tied and is_tokens(self.model, place):
+        head = plain.pop("lm_head.weight", None)
+        same = head is not None and self._equal(head, key)
+        self._check_head(place, same or self.config.tied)
+        used.add("lm_head")
       self.whole[place] = read_leaf(self.tensors, key, place)
     self.missing += absent(self.config.modules_to_save, used)
 

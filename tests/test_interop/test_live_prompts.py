@@ -55,14 +55,14 @@ def in_peft(base, task, folder):
   ).eval()
 
 
-def made_in_peft(base, task, config, folder):
+def made_in_peft(base, task, config, folder, step=0.3):
   """An adapter that PEFT made, moved and saved; its model as it was in training."""
   torch.manual_seed(1)
   model = hf_peft.get_peft_model(torch_base(base, task), config(task_type=AUTO[task][1]))
   model = model.double().eval()
   for parameter in model.parameters():
     if parameter.requires_grad:
-      parameter.data += 0.3 * torch.randn_like(parameter)
+      parameter.data += step * torch.randn_like(parameter)
   model.save_pretrained(str(folder))
   return model
 
@@ -82,11 +82,11 @@ def ours(model, params, task, ids):
   return np.asarray(jax.jit(pelt.bypass(model.apply))({"params": params}, source, **targets))
 
 
-def moved(params):
-  """Params in which every trained leaf was moved by N(0, 0.3)."""
+def moved(params, step=0.3):
+  """Params in which every trained leaf was moved by N(0, step)."""
   trainable, frozen = pelt.partition(params)
   rng = np.random.default_rng(0)
-  move = lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype)
+  move = lambda x: x + jnp.asarray(step * rng.normal(size=x.shape), x.dtype)
   return pelt.combine(jax.tree.map(move, trainable), frozen)
 
 
