@@ -23,6 +23,8 @@ _FACTOR = re.compile(r"(.+?)((?:\.base_layer)*)\.lora_(embedding_)?([AB])(?:\.we
 # module as they were.
 _COPIES = re.compile(r".+\.(base_layer\.weight|original_module\..+|modules_to_save\..+)")
 
+_TIED_HEAD = Place("lm_head/kernel", None, "lm_head", "weight", ())
+
 
 class _Pair(NamedTuple):
   """One LoRA in our orientation: a ([experts], in, r), b ([experts], r, out)."""
@@ -124,7 +126,7 @@ class _Reader:
   def _check_pair_of_head(self, place: Place, table: dict[str, str], head: dict[str, str]) -> None:
     """Here the head reads the table itself, so its change in the file must be the table's."""
     self.adapted.append("lm_head")
-    there = set(table) == set(head) == {"A", "B"}
+    there = self.config.targets(_TIED_HEAD) and set(table) == set(head) == {"A", "B"}
     same = there and all(self._equal(head[a], table[b], True) for a, b in ("AB", "BA"))
     if self.config.scaling("lm_head") != self.config.scaling(place.module):
       same = False
@@ -224,7 +226,8 @@ class _Reader:
         continue
       if self.is_tied and is_tokens(self.model, place):
         head = plain.pop("lm_head.weight", None)
-        same = head is not None and self._equal(head, key)
+        named = saver(self.config.modules_to_save, "lm_head") is not None
+        same = named and head is not None and self._equal(head, key)
         self._check_head(place, same or self.config.tied)
         used.add("lm_head")
       self.whole[place] = read_leaf(self.tensors, key, place)
