@@ -1,9 +1,17 @@
 """Settings and fixtures of the whole suite."""
 
+import importlib.metadata
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# In the fast suite compiling takes most of the time, and half of that goes into XLA:CPU's fusion
+# emitters. Later versions have no such flag, and an unknown one ends the process.
+if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and importlib.metadata.version(
+  "jaxlib"
+).startswith("0.10."):
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+  os.environ["XLA_FLAGS"] = flags.strip()
 
 import jax  # after the choice of platform
 import jaxtyping

@@ -251,6 +251,7 @@ def test_two_methods_cannot_train_one_leaf():
   assert isinstance(params["head"]["kernel"], nodes.LoraWeight)
 
 
+@pytest.mark.parity
 def test_full_equals_plain_optax_to_the_bit():
   model, (ids, mask) = tiny.Model(), tiny.inputs()
   base = tiny.looped_params()

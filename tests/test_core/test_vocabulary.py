@@ -180,6 +180,7 @@ def test_after_reads_its_output_and_before_its_input(mode):
   check(mode, False, params, reference)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("post", [pytest.param(True, marks=pytest.mark.parity), False])
 def test_gated_prefix(mode, post):
   gate = lambda i: nodes.MeanGate(values((WIDTH, 1), 70 + i), values((1,), 80 + i))
@@ -232,6 +233,7 @@ def test_gated_branch_and_a_gate_that_is_a_number(mode):
 ROWS = (2, 0, 1, 2)
 
 
+@pytest.mark.parity
 def test_banks_by_rows(mode):
   """Three members: a LoRA on the query, a parallel adapter and a prefix, one `rows` for all."""
   plain = tiny.looped_params()

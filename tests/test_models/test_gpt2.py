@@ -59,6 +59,7 @@ def test_cached_decoding_equals_the_full_forward(scan):
   close(np.concatenate(parts, 1), want, 2e-6, where=mask)
 
 
+@pytest.mark.parity
 def test_scan_and_remat_change_neither_losses_nor_gradients():
   model, params = built("gpt2-untied", "lm", scan=False)
   ids, labels = tokens(2, 9), tokens(2, 9, seed=1)

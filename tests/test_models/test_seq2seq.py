@@ -26,8 +26,8 @@ from tests.test_models.helpers import (
   trees_close,
 )
 
-each = pytest.mark.parametrize("name", ["t5", "bart"])
 slow = functools.partial(pytest.param, marks=pytest.mark.parity)
+each = pytest.mark.parametrize("name", ["t5", slow("bart")])
 START = 5
 
 
@@ -82,7 +82,8 @@ def test_labels_give_the_losses_of_the_shifted_targets(name):
   close(chunked, want, 5e-6)
 
 
-@pytest.mark.parametrize("name", ["t5", slow("bart")])
+@pytest.mark.parity
+@each
 def test_scan_and_remat_change_no_gradients(name):
   model, params = built(name, "seq2seq", scan=False)
   ids, labels = tokens(2, 9), tokens(2, 7, seed=1)

@@ -207,7 +207,8 @@ def test_tagging(finetune, bert, tmp_path):
   assert labels == ["B-person", "B-place", "O"]
 
 
-@pytest.mark.parametrize("scan", [pytest.param(False, marks=LONG), True])
+@LONG
+@pytest.mark.parametrize("scan", [False, True])
 def test_plain_text(finetune, llama, tmp_path, scan):
   data = tmp_path / "data.txt"
   data.write_text("the cat sat on the mat. " * 20)

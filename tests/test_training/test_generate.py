@@ -143,7 +143,7 @@ def answers(model, params, steps, start=(5,)):
   return ids[:, len(start) :]
 
 
-@pytest.mark.parametrize("name", ["t5", "bart-scaled"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart-scaled", marks=pytest.mark.parity)])
 def test_an_encoder_decoder_answers_as_full_forwards_do(name):
   module, params = built(name, "seq2seq")
   want = answers(module, params, 8)
@@ -159,6 +159,7 @@ def test_an_encoder_decoder_answers_as_full_forwards_do(name):
   np.testing.assert_array_equal(out.tokens, answers(module, params, 4, (8, 20)))
 
 
+@pytest.mark.parity
 def test_nodes_of_an_encoder_decoder_run_in_every_step():
   module, params = built("t5-gated", "seq2seq")
   method = pelt.lora(rank=2, targets=("query", "value", "ffn_in"))
@@ -169,6 +170,7 @@ def test_nodes_of_an_encoder_decoder_run_in_every_step():
   assert (out.tokens != answers(module, params, 6)).any()
 
 
+@pytest.mark.parity
 def test_an_encoder_decoder_samples_by_the_key():
   module, params = built("bart", "seq2seq")
   draw = lambda seed, **options: np.asarray(
