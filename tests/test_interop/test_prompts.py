@@ -177,7 +177,7 @@ def test_what_a_folder_cannot_hold_is_refused_before_anything_is_written(tmp_pat
   other = Plain()
   table = other.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
   sites = pelt.sites(other, jnp.ones((1, 2), jnp.int32))
-  unknown = pelt.prompt_tuning(2).init(jax.random.key(0), table, sites)
+  unknown = pelt.prompt_tuning(2).init(jax.random.key(0), dict(table), sites)
   refused("by the model's task, which it lacks", unknown, other)
   assert not folder.exists()
 
