@@ -168,7 +168,9 @@ def main() -> None:
     spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
     each = ", ".join(f"{s:.3f}" for s in scores)
     lines.append(f"| {name} | {statistics.mean(scores):.4f} | {spread:.4f} | {each} |")
-  recipe = ", ".join(f"{k} {v}" for k, v in RECIPE.items()) + f", peak rates {RATES}"
+  rates = {m: r for m, r in RATES.items() if any(m in name.split() for name in results)}
+  recipe = ", ".join(f"{k} {v}" for k, v in RECIPE.items()) + f", peak rates {rates}"
+  recipe += f", {VIRTUAL} virtual tokens"
   lines.append(f"\nRecipe: {recipe}; weight decay 0.01, clip 1.0, warm-up 6 %, linear decay.")
   finetune.write(out / "results.md", "\n".join(lines) + "\n")
 
