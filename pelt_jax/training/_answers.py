@@ -145,11 +145,15 @@ class Writer:
 
   def __call__(self, params: Any) -> list[str]:
     """One answer per question, in the order of the questions."""
-    answers = [""] * len(self.asked)
+    return [self._tokenizer.decode(ids).strip() for ids in self.tokens(params)]
+
+  def tokens(self, params: Any) -> list[list[int]]:
+    """The answers' ids, the stopping token included."""
+    answers: list[list[int]] = [[] for _ in self.asked]
     with bar("writing", len(self.asked), show=self._progress) as advance:
       for indices, ids, mask in self._batches():
-        for i, text in zip(indices, self._write(params, ids, mask), strict=False):
-          answers[i] = text
+        for i, answer in zip(indices, self._write(params, ids, mask), strict=False):
+          answers[i] = answer
         advance(by=len(indices))
     return answers
 
@@ -157,7 +161,7 @@ class Writer:
     """BLEU and ROUGE of answers, see `generation_scores`."""
     return generation_scores(answers, [question.references for question in self.asked])
 
-  def _write(self, params: Any, ids: np.ndarray, mask: np.ndarray) -> list[str]:
+  def _write(self, params: Any, ids: np.ndarray, mask: np.ndarray) -> list[list[int]]:
     tokenizer = self._tokenizer
     options: dict[str, Any] = {
       "max_new_tokens": self._max_new_tokens,
@@ -170,7 +174,7 @@ class Writer:
     else:
       found = beam_search(self._apply, params, ids, mask, beams=self._beams, **options)
       tokens, lengths = jax.device_get((found.tokens[:, 0], found.lengths[:, 0]))
-    return [tokenizer.decode(t[:n]).strip() for t, n in zip(tokens, lengths, strict=True)]
+    return [t[:n].tolist() for t, n in zip(tokens, lengths, strict=True)]
 
   def _batches(self) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     order = sorted(range(len(self.asked)), key=lambda i: len(self.asked[i].ids))

@@ -207,11 +207,20 @@ def test_the_main_job(finetune, folders, tmp_path):
 
 
 @LONG
-@pytest.mark.parametrize("name", ["t5", "bart"])
-@pytest.mark.parametrize("method", ["full", "lora", "prefix_tuning", "prompt_tuning"])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(
+  ("name", "method", "scan"),
+  [
+    ("t5", "full", False),
+    ("t5", "prefix_tuning", True),
+    ("t5", "prompt_tuning", False),
+    ("bart", "lora", True),
+    ("bart", "prefix_tuning", False),
+    ("bart", "prompt_tuning", True),
+  ],
+)
 def test_every_method_learns(finetune, folders, tmp_path, name, method, scan):
-  options = {"steps": 30, "lr": 0.03, "new-tokens": 4, "beams": 2} | (
+  rate = 0.3 if method == "prompt_tuning" else 0.03
+  options = {"steps": 30, "lr": rate, "new-tokens": 4, "beams": 2} | (
     {"scan": True} if scan else {}
   )
   if method != "full":

@@ -95,6 +95,7 @@ T5 = {
   "num_layers": 2,
   "num_heads": 2,
   "is_encoder_decoder": True,
+  "decoder_start_token_id": 0,
   "initializer_factor": 0.5,
 }
 BART = {
