@@ -45,7 +45,7 @@ def prompt_files(params: Mapping, model: Any, base_model_name: str | None) -> Fi
 def prefix_files(params: Mapping, model: Any, base_model_name: str | None) -> Files:
   """Configuration and tensors of keys and values; see `export`."""
   found = _Contents(params, model, (Prefix, Shift))
-  if len(stacks(model)) > 1:
+  if hasattr(model, "stacks"):
     found.problems.append(ONE_PREFIX)
   found.check("prefixes")
   layers = _layers(found)
@@ -77,7 +77,8 @@ def embedding_scale(model: Any) -> float:
 
 def warn_of_windows(model: Any) -> None:
   """Warns where PEFT's prefix is not seen by all tokens."""
-  windows = [w for w in getattr(model.config, "windows", ()) if w is not None]
+  config = getattr(model, "config", None)
+  windows = [w for w in getattr(config, "windows", ()) if w is not None]
   if windows:
     warnings.warn(
       f"layers have a sliding window of {min(windows)} tokens: in PEFT a prefix slides out of it, "

@@ -236,6 +236,26 @@ def test_sliding_windows_are_told(tmp_path):
     peft.load(tmp_path, model, base)
 
 
+class Scaled(nn.Module):
+  """Not to be called with ids alone."""
+
+  @nn.compact
+  def __call__(self, ids, scale):
+    return nn.Embed(11, 32, name="emb")(ids) * scale
+
+
+def test_sites_serve_models_of_ones_own(tmp_path):
+  model, base = build()
+  params = adapted(model, base, pelt.prompt_tuning(4))
+  peft.export(tmp_path, params, model)
+  own, ids = Scaled(), jnp.array([[1, 12, 14]])
+  table = own.init(jax.random.key(0), ids, 2.0)["params"]
+  sites = pelt.sites(own, ids, 2.0, roles={"embedding": (pelt.Role("emb"),)})
+  out = pelt.bypass(own.apply)({"params": peft.load(tmp_path, own, table, sites=sites)}, ids, 2.0)
+  prompt = params["model"]["embed_tokens"]["embedding"].prompt
+  np.testing.assert_array_equal(out[0, 1:], 2 * prompt[np.array([1, 3])])
+
+
 def test_swapped_arguments_are_named(tmp_path):
   model, base = build()
   with pytest.raises(TypeError, match=r"export\(folder, params, model\).*are they swapped\?"):
