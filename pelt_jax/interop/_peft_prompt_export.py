@@ -23,7 +23,10 @@ Files = tuple[dict[str, Any], dict[str, np.ndarray]]
 def prompt_files(params: Mapping, model: Any, base_model_name: str | None) -> Files:
   """Configuration and tensors of virtual tokens; see `export`."""
   found = _Contents(params, model, (ExtendedEmbedding,))
+  tokens = {p.path for p in found.places if is_tokens(model, p)}
   for path, node in found.nodes.items():
+    if found.places and path not in tokens:
+      found.problems.append(f"{path}: a prompt on a table that is not of tokens")
     if isinstance(node.base, Node) and type(node.base).__name__ not in QUANTIZED:
       found.problems.append(f"{path}: a {type(node.base).__name__} under the prompt")
   if len(found.nodes) > 1:

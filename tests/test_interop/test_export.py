@@ -491,6 +491,10 @@ def test_broken_folders(saved):
   (folder / "adapter_config.json").write_text("{")
   with pytest.raises(ValueError, match="damaged"):
     peft.load(folder, model, base)
+  for damaged in ("[1]", "{}", '{"peft_type": ["LORA"]}'):
+    (folder / "adapter_config.json").write_text(damaged)
+    with pytest.raises(ValueError, match="damaged"):
+      peft.load(folder, model, base)
   (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
   with pytest.raises(ValueError, match="IA3"):
     peft.load(folder, model, base)
