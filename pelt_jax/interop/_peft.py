@@ -43,9 +43,9 @@ def export(
   - Leaves that are neither kernels nor tables become `target_parameters`. A torch module that
     contracts the first axis of its experts (E, in, out) has `is_transposed = True`.
 
-  **Prompts** (PROMPT_TUNING): the virtual tokens as a table (P, d). PEFT puts them in front of
-  everything, before a first special token too, and in an encoder-decoder in front of the source: it
-  computes the same for ids that begin with `virtual_tokens(params)`.
+  **Prompts** (PROMPT_TUNING): the virtual tokens as a table (P, d), whatever made them. PEFT puts
+  them in front of everything, before a first special token too, and in an encoder-decoder in front
+  of the source: it computes the same for ids that begin with `virtual_tokens(params)`.
 
   **Prefixes** (PREFIX_TUNING): all keys and values as a table (P, 2 * layers * heads * width), k0,
   v0, k1, v1, ..., evaluated where an MLP makes them; dropout is left out. PEFT counts tokens from P

@@ -54,7 +54,8 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     raise FileNotFoundError(f"no PEFT adapter in {folder}: {CONFIG} is missing")
   try:
     raw = json.loads(file.read_text(encoding="utf-8"))
-    str(raw["peft_type"])
+    if not isinstance(raw["peft_type"], str):
+      raise TypeError(f"peft_type is {raw['peft_type']!r}")
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{file} is damaged: {error!r}") from error
   return raw

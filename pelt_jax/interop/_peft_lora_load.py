@@ -137,8 +137,8 @@ class _Reader:
   def _check_head(self, place: Place, same: bool) -> None:
     if not same:
       raise ValueError(
-        f"{self.tensors.file}: {place.module} is changed for lookups alone, but in this model the "
-        "head reads the same table; make the adapter with ensure_weight_tying=True"
+        f"{self.tensors.file}: {place.module} is changed for lookups alone, or otherwise than the "
+        "head; in this model both are one table: make the adapter with ensure_weight_tying=True"
       )
 
   def _equal(self, one: str, other: str, transposed: bool = False) -> bool:

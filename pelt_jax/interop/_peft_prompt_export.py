@@ -23,7 +23,10 @@ Files = tuple[dict[str, Any], dict[str, np.ndarray]]
 def prompt_files(params: Mapping, model: Any, base_model_name: str | None) -> Files:
   """Configuration and tensors of virtual tokens; see `export`."""
   found = _Contents(params, model, (ExtendedEmbedding,))
+  tokens = {p.path for p in found.places if is_tokens(model, p)}
   for path, node in found.nodes.items():
+    if found.places and path not in tokens:
+      found.problems.append(f"{path}: a prompt on a table that is not of tokens")
     if isinstance(node.base, Node) and type(node.base).__name__ not in QUANTIZED:
       found.problems.append(f"{path}: a {type(node.base).__name__} under the prompt")
   if len(found.nodes) > 1:
@@ -45,7 +48,7 @@ def prompt_files(params: Mapping, model: Any, base_model_name: str | None) -> Fi
 def prefix_files(params: Mapping, model: Any, base_model_name: str | None) -> Files:
   """Configuration and tensors of keys and values; see `export`."""
   found = _Contents(params, model, (Prefix, Shift))
-  if len(stacks(model)) > 1:
+  if hasattr(model, "stacks"):
     found.problems.append(ONE_PREFIX)
   found.check("prefixes")
   layers = _layers(found)
@@ -77,7 +80,8 @@ def embedding_scale(model: Any) -> float:
 
 def warn_of_windows(model: Any) -> None:
   """Warns where PEFT's prefix is not seen by all tokens."""
-  windows = [w for w in getattr(model.config, "windows", ()) if w is not None]
+  config = getattr(model, "config", None)
+  windows = [w for w in getattr(config, "windows", ()) if w is not None]
   if windows:
     warnings.warn(
       f"layers have a sliding window of {min(windows)} tokens: in PEFT a prefix slides out of it, "

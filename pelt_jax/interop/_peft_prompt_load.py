@@ -23,7 +23,6 @@ from pelt_jax.interop._peft_saved import absent, read_leaf, saver, tuned_leaves
 from pelt_jax.interop._places import places
 from pelt_jax.methods._prefix_tuning import prefix_tuning
 from pelt_jax.methods._prompt_tuning import token_table
-from pelt_jax.models._layers import stacks
 from pelt_jax.nodes import ExtendedEmbedding
 
 _SHARED = COMMON | {
@@ -121,7 +120,7 @@ def _prefix(
   base: Mapping,
   sites: tuple[Site, ...],
 ) -> dict:
-  if raw.get("num_transformer_submodules", 1) == 2 or len(stacks(model)) > 1:
+  if raw.get("num_transformer_submodules") == 2 or hasattr(model, "stacks"):
     raise ValueError(f"{file}: {ONE_PREFIX}, which cannot be read")
   length = _number(raw, file, "num_virtual_tokens")
   cores = [t.site for t in find(sites, "attention", kind="call")]

@@ -57,12 +57,19 @@ def assert_same_trees(a, b):
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize(
-  ("name", "task"), [("llama", "lm"), ("bert", "classification"), ("roberta", "tagging")]
+  ("name", "task"),
+  [
+    ("llama", "lm"),
+    ("gpt2", "lm"),
+    ("bert", "classification"),
+    ("roberta", "tagging"),
+    ("t5", "seq2seq"),
+  ],
 )
 def test_round_trip_gives_every_array_back(name, task, scan, tmp_path):
   model, base = build(name, task, scan)
   method = pelt.lora(rank=3, alpha=7, targets=("query", "value"), dropout=0.1)
-  if task != "lm":
+  if task in ("classification", "tagging"):
     method = pelt.chain(method, pelt.train("head"))
   params = adapted(model, base, method)
   peft.export(tmp_path, params, model)
@@ -93,6 +100,62 @@ def test_what_a_folder_holds(tmp_path):
     "adapter_config.json",
     "adapter_model.safetensors",
   ]
+
+
+def test_kernels_that_torch_keeps_in_our_order(tmp_path):
+  """GPT-2's Conv1D: a module saved whole is no transpose, and the configuration says so."""
+  model, base = build("gpt2")
+  params = adapted(model, base, pelt.chain(pelt.lora(rank=3, targets="query"), pelt.train("c_fc")))
+  peft.export(tmp_path, params, model)
+  config, tensors = written(tmp_path)
+  assert (config["fan_in_fan_out"], config["target_modules"]) == (True, ["c_attn"])
+  block = params["transformer"]["h"]["1"]
+  at = "base_model.model.transformer.h.1."
+  np.testing.assert_array_equal(
+    tensors[at + "attn.c_attn.lora_B.weight"], block["attn"]["c_attn"]["kernel"].b.T
+  )
+  np.testing.assert_array_equal(
+    tensors[at + "mlp.c_fc.weight"], block["mlp"]["c_fc"]["kernel"].value
+  )
+  assert_same_trees(params, peft.load(tmp_path, model, base))
+
+
+@pytest.mark.parametrize(
+  ("name", "task", "kind"),
+  [("gpt2", "encoder", "FEATURE_EXTRACTION"), ("bart", "seq2seq", "SEQ_2_SEQ_LM")],
+)
+def test_the_task_follows_the_model(name, task, kind, tmp_path):
+  model, base = build(name, task, scan=True)
+  peft.export(tmp_path, adapted(model, base, pelt.lora(rank=2, targets="ffn_in")), model)
+  config, tensors = written(tmp_path)
+  assert config["task_type"] == kind
+  assert len(tensors) == 2 * (3 if name == "gpt2" else 2 + 3)  # every layer of every stack
+
+
+def test_a_tied_head_that_peft_does_not_tie_is_one_module_more(tmp_path):
+  model, base = build("gpt2")
+  method = pelt.chain(pelt.lora(rank=3), pelt.lora(rank=2, alpha=6, targets="embedding"))
+  params = adapted(model, base, method)
+  peft.export(tmp_path, params, model)
+  config, _ = written(tmp_path)
+  assert config["target_modules"] == ["c_attn", "lm_head", "wte"]
+  assert config["rank_pattern"] == {"^lm_head": 2, r"^transformer\.wte": 2}
+  assert "ensure_weight_tying" not in config
+  assert_same_trees(params, peft.load(tmp_path, model, base))
+  edit(tmp_path, target_modules=["c_attn", "wte"], rank_pattern={"wte": 2}, alpha_pattern={})
+  with pytest.raises(ValueError, match="wte is changed for lookups alone"):
+    peft.load(tmp_path, model, base)
+  edit(tmp_path, **config | {"alpha_pattern": {"lm_head": 5, "wte": 6}})  # of another scaling
+  with pytest.raises(ValueError, match="wte is changed for lookups alone"):
+    peft.load(tmp_path, model, base)
+
+  params = adapted(model, base, pelt.chain(pelt.lora(rank=3), pelt.train("embedding")))
+  peft.export(tmp_path, params, model)
+  assert written(tmp_path)[0]["modules_to_save"] == ["lm_head", "transformer.wte"]
+  assert_same_trees(params, peft.load(tmp_path, model, base))
+  edit(tmp_path, modules_to_save=["transformer.wte"])
+  with pytest.raises(ValueError, match="wte is changed for lookups alone"):
+    peft.load(tmp_path, model, base)
 
 
 def test_scanned_and_looped_models_write_the_same_folder(tmp_path):
@@ -428,6 +491,10 @@ def test_broken_folders(saved):
   (folder / "adapter_config.json").write_text("{")
   with pytest.raises(ValueError, match="damaged"):
     peft.load(folder, model, base)
+  for damaged in ("[1]", "{}", '{"peft_type": ["LORA"]}'):
+    (folder / "adapter_config.json").write_text(damaged)
+    with pytest.raises(ValueError, match="damaged"):
+      peft.load(folder, model, base)
   (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
   with pytest.raises(ValueError, match="IA3"):
     peft.load(folder, model, base)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import pelt_jax as pelt
 from tests import support
@@ -175,3 +176,40 @@ def test_adapters_made_here_compute_the_same_in_peft(name, task, method, scan, t
       warnings.filterwarnings("ignore", category=kind)
     theirs = in_peft(base, task, tmp_path / "ours")
   helpers.close(logits(theirs, task, ids), got, 1e-9)
+
+
+@pytest.mark.parametrize("config", [PROMPT, FLAT], ids=["prompt", "prefix"])
+def test_losses_and_gradients_are_those_of_peft(config, tmp_path):
+  """The last virtual token predicts the first real one; the others are left out of the loss."""
+  base = base_folder("llama", "lm", tmp_path / "base")
+  theirs = made_in_peft(base, "lm", config, tmp_path / "theirs")
+  ids = helpers.tokens(2, 7)
+  long = torch.tensor(ids, dtype=torch.long)
+  out = theirs(input_ids=long, attention_mask=torch.ones_like(long), labels=long)
+  # The same loss again in float64: Hugging Face's casts logits to float32.
+  first, rows = (1, out.logits) if config is FLAT else (0, out.logits[:, LENGTH - 1 :])
+  loss = torch.nn.functional.cross_entropy(
+    rows[:, :-1].reshape(-1, helpers.VOCAB), long[:, first:].reshape(-1)
+  )
+  loss.backward()
+  want = theirs.prompt_encoder["default"].embedding.weight.grad.numpy()
+  with jax.enable_x64(True):
+    model, plain = load_ours(base, "lm")
+    params = pelt.interop.peft.load(tmp_path / "theirs", model, plain)
+    front = np.tile(np.array(pelt.virtual_tokens(params), np.int32), (2, 1))
+    source = np.concatenate([front, ids], axis=1)
+    labels = np.concatenate([np.full_like(front, -100), ids], axis=1)
+    targets = np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+
+    def mean(p):
+      losses = pelt.bypass(model.apply)({"params": p}, source, labels=targets)
+      return losses.sum() / float((targets != -100).sum())
+
+    got, grads = jax.jit(pelt.value_and_grad(mean))(*pelt.partition(params))
+    # Written as an adapter, gradients lie as PEFT's do.
+    laid_out = pelt.combine(grads, pelt.partition(params)[1])
+    pelt.interop.peft.export(tmp_path / "gradient", laid_out, model)
+  helpers.close(got, loss.detach().numpy(), 1e-9)
+  helpers.close(got, out.loss.detach().numpy(), 1e-6)
+  with safe_open(tmp_path / "gradient" / "adapter_model.safetensors", "np") as file:
+    helpers.close(file.get_tensor("prompt_embeddings"), want, 1e-9)

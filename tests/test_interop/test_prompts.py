@@ -166,6 +166,10 @@ def test_what_a_folder_cannot_hold_is_refused_before_anything_is_written(tmp_pat
   gated = adapted(model, base, FLAT)
   path, node = next((p, n) for p, n in walk(gated) if isinstance(n, Prefix))
   refused("a gated prefix", update_at(gated, {path: node.replace(gate=jnp.float32(0.5))}))
+  gpt2 = build("gpt2")
+  places = pelt.prompt_tuning(2, targets="wpe")
+  refused("wpe/embedding: a prompt on a table that is not of tokens", places, *gpt2)
+  refused("several tables hold prompts", pelt.chain(prompt, places), *gpt2)
   refused("a Tuned under the prompt", pelt.chain(pelt.train("embedding"), prompt))
   enc_dec = build("bart", "seq2seq")
   refused("self and cross attention.*one and the same prefix", FLAT, *enc_dec)
@@ -234,6 +238,26 @@ def test_sliding_windows_are_told(tmp_path):
     peft.export(tmp_path, params, model)
   with pytest.warns(UserWarning, match="sliding window of 5 tokens"):
     peft.load(tmp_path, model, base)
+
+
+class Scaled(nn.Module):
+  """Not to be called with ids alone."""
+
+  @nn.compact
+  def __call__(self, ids, scale):
+    return nn.Embed(11, 32, name="emb")(ids) * scale
+
+
+def test_sites_serve_models_of_ones_own(tmp_path):
+  model, base = build()
+  params = adapted(model, base, pelt.prompt_tuning(4))
+  peft.export(tmp_path, params, model)
+  own, ids = Scaled(), jnp.array([[1, 12, 14]])
+  table = own.init(jax.random.key(0), ids, 2.0)["params"]
+  sites = pelt.sites(own, ids, 2.0, roles={"embedding": (pelt.Role("emb"),)})
+  out = pelt.bypass(own.apply)({"params": peft.load(tmp_path, own, table, sites=sites)}, ids, 2.0)
+  prompt = params["model"]["embed_tokens"]["embedding"].prompt
+  np.testing.assert_array_equal(out[0, 1:], 2 * prompt[np.array([1, 3])])
 
 
 def test_swapped_arguments_are_named(tmp_path):

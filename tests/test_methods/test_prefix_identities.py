@@ -78,13 +78,15 @@ def test_attention_behind_a_prefix_is_a_mixture_of_two(biased):
   assert float(share.std()) > 0.1
 
 
-def test_keys_that_no_query_looks_at_leave_the_base():
+@pytest.mark.parametrize("biased", [False, True])
+def test_keys_that_no_query_looks_at_leave_the_base(biased):
   q, k, v = inputs()
   q = q.at[..., 0].set(1.0)  # every query has the same share of the first axis
+  text = (q, k, v, CAUSAL, draw(1, H, T, T, seed=5) if biased else None)
   own_k, own_v = prefix()
   far = own_k.at[..., 0].set(-1e5)
-  assert_close(attend_with(far, own_v, q, k, v, CAUSAL), attend(q, k, v, CAUSAL), 1e-15)
-  assert np.abs(attend_with(own_k, own_v, q, k, v, CAUSAL) - attend(q, k, v, CAUSAL)).max() > 0.1
+  assert_close(attend_with(far, own_v, *text), attend(*text), 1e-15)
+  assert np.abs(attend_with(own_k, own_v, *text) - attend(*text)).max() > 0.1
 
 
 def test_a_row_twice_is_one_whose_logit_is_ln_2_higher():
