@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import pelt_jax as pelt
-from pelt_jax import nodes
 from pelt_jax._node import get_at, update_at
 from tests.test_models.helpers import VOCAB, built, close, tokens
 
