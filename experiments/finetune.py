@@ -13,7 +13,6 @@ import collections.abc
 import inspect
 import json
 import math
-import os
 import pathlib
 import platform
 import shutil
@@ -26,28 +25,32 @@ import zlib
 import jax
 import jax.numpy as jnp
 import optax
+from reporting import as_markdown, plot, show, write
 
 import pelt_jax as pelt
 from pelt_jax import models, training
 
 # Peak learning rates. PEFT methods start from zero change and need larger ones than full training.
 RATES = {
-  "full": {"classification": 5e-5, "tagging": 5e-5, "lm": 5e-5},
-  "bitfit": {"classification": 2e-3, "tagging": 2e-3, "lm": 1e-3},
-  "lora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4},
-  "prompt_tuning": {"classification": 3e-2, "tagging": 3e-2, "lm": 1e-2},
-  "p_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 1e-3},
-  "prefix_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4},
-  "p_tuning_v2": {"classification": 7e-3, "tagging": 1e-2, "lm": 5e-3},
+  "full": {"classification": 5e-5, "tagging": 5e-5, "lm": 5e-5, "seq2seq": 5e-5},
+  "bitfit": {"classification": 2e-3, "tagging": 2e-3, "lm": 1e-3, "seq2seq": 1e-3},
+  "lora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
+  "prompt_tuning": {"classification": 3e-2, "tagging": 3e-2, "lm": 1e-2, "seq2seq": 3e-2},
+  "p_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 1e-3, "seq2seq": 1e-3},
+  "prefix_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
+  "p_tuning_v2": {"classification": 7e-3, "tagging": 1e-2, "lm": 5e-3, "seq2seq": 5e-3},
 }
-OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4}
+OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4}
 METHODS = (  # those that this version has
   *("full", "bitfit", "lora", "adalora", "dora", "pissa", "olora", "ia3", "vera", "loha", "lokr"),
   *("qlora", "prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "adapter"),
   *("adapter_fusion", "adapter_drop", "mam", "unipelt", "lora_fa", "miss", "hira"),
 )
-BATCHES = {"classification": 32, "tagging": 32, "lm": 8}
-EPOCHS = {"classification": 3, "tagging": 3, "lm": 1}
+BATCHES = {"classification": 32, "tagging": 32, "lm": 8, "seq2seq": 16}
+EPOCHS = {"classification": 3, "tagging": 3, "lm": 1, "seq2seq": 3}
+WRITE = {"lm": 0, "seq2seq": 64}  # held-out prompts to answer
+SHOWN = 5  # of the answers, in the report
+NOISE = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2")  # until they are trained
 WARMUP, DECAY, CLIP = 0.06, 0.01, 1.0  # of steps; of weights; of the gradient's norm
 # The demo's model is tiny and its task far away: more capacity, larger steps.
 DEMO = {"steps": 200, "batch": 16, "length": 128, "lr": 5e-3, "set": ("targets=all-linear",)}
@@ -64,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add("--eval", help="the same, held out")
   add("--general", help="general text: how much of it is forgotten (lm)")
   add("--columns", help="of tables: text,label or prompt=NAME,completion=NAME")
-  add("--task", default="lm", choices=(*training.TASKS, "seq2seq"))
+  add("--task", default="lm", choices=training.TASKS)
   add("--method", default="lora", help=", ".join(m for m in METHODS if hasattr(pelt, m)))
   add("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
   add("--epochs", type=int)
@@ -74,6 +77,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add("--placement", default="start", choices=training.PLACEMENTS, help="of virtual tokens")
   add("--lr", type=float, help="peak learning rate")
   add("--length", type=int, help="tokens per row; longer examples are cut")
+  add(
+    "--write", type=int, help="answer that many prompts of --eval and score the texts (lm, seq2seq)"
+  )
+  add("--beams", type=int, default=1, help="of the search for answers; 1 is greedy")
+  add("--new-tokens", type=int, default=64, help="longest answer")
   add("--seed", type=int, default=0)
   add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the frozen model")
   add("--scan", action="store_true", help="compile one layer instead of all")
@@ -113,7 +121,7 @@ def main(argv: list[str] | None = None) -> dict:
   else:
     source, tokenizer = args.model, None
   train_set, eval_set, general_set = read_files(args, demo)
-  labels = () if args.task == "lm" else training.label_list(train_set)
+  labels = () if args.task in WRITE else training.label_list(train_set)
   model, base = models.from_pretrained(
     source,
     task=args.task,
@@ -127,6 +135,8 @@ def main(argv: list[str] | None = None) -> dict:
   limit = model.config.max_position_embeddings
   if model.config.model_type == "roberta":
     limit -= 2  # its positions start after the padding id
+  elif model.config.model_type == "t5":
+    limit = None  # its positions are relative
 
   # Method: nodes inside the params.
   ids = jnp.zeros((args.batch, 8), jnp.int32)
@@ -134,43 +144,52 @@ def main(argv: list[str] | None = None) -> dict:
   params = training.masters(method.init(jax.random.key(args.seed), base, sites))
   virtual = pelt.virtual_tokens(params)
 
+  options = {"length": args.length, "limit": limit, "placement": args.placement}
+
   def encode(examples, task=args.task, virtual=virtual):
-    return training.encode(
-      examples,
+    return training.encode(examples, tokenizer, task, labels=labels, virtual=virtual, **options)
+
+  def writer(virtual=virtual):
+    asked = training.questions(
+      eval_set, tokenizer, args.task, virtual=virtual, most=args.write, **options
+    )
+    return training.Writer(
+      apply,
+      asked,
       tokenizer,
-      task,
-      labels=labels,
-      length=args.length,
-      limit=limit,
-      virtual=virtual,
-      placement=args.placement,
+      size=args.batch,
+      max_new_tokens=args.new_tokens,
+      beams=args.beams,
+      progress=chief and not args.quiet,
     )
 
   train_rows, eval_rows = encode(train_set), encode(eval_set)
   lengths = training.buckets(train_rows, eval_rows)
   apply = pelt.bypass(model.apply)
-  place, options = None, {}
+  place, placing = None, {}
   if mesh is not None:
     jax.set_mesh(mesh)
     specs = pelt.shardings(params, training.base_specs(sites, mesh), mesh)
     params = jax.device_put(params, specs)
     place = lambda batch: training.place_batch(batch, mesh)
-    options["out_shardings"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placing["out_shardings"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
   # What it can do before training.
   metric, higher = training.MAIN_METRIC[args.task]
   scoring = lambda rows, lengths: training.Evaluator(
-    apply, rows, args.batch, lengths, place, **options
+    apply, rows, args.batch, lengths, place, **placing
   )
   evaluator = scoring(eval_rows, lengths)
-  # An untrained prompt is noise: what counts is the model without one.
-  plain = scoring(encode(eval_set, virtual=()), None) if virtual else evaluator
-  before = plain(params)
+  # An untrained prompt or prefix is noise: what counts is the model without one.
+  noise = args.method in NOISE
+  start = base if noise else params
+  before = (scoring(encode(eval_set, virtual=()), None) if noise else evaluator)(start)
   forget = None
   if general_set is not None:
     forget = scoring(encode(general_set, "lm"), None)
-    plain = scoring(encode(general_set, "lm", ()), None) if virtual else forget
-    forgotten = [plain(params)["loss"]]
+    plain = scoring(encode(general_set, "lm", ()), None) if noise else forget
+    forgotten = [plain(start)["loss"]]
+  writing = {"before": writer(())(start)} if args.write else {}
   sample = []
   if demo and args.task == "lm":
     sample.append(continuation(apply, params, tokenizer, ()))
@@ -222,6 +241,9 @@ def main(argv: list[str] | None = None) -> dict:
   after = evaluator(done.params)
   if forget is not None:
     forgotten.append(forget(done.params)["loss"])
+  if args.write:
+    write_answers = writer()
+    writing["after"] = write_answers(done.params)
   if sample:
     sample.append(continuation(apply, done.params, tokenizer, virtual))
   final = done.params if mesh is None else training.replicate(done.params, mesh)
@@ -268,6 +290,7 @@ def main(argv: list[str] | None = None) -> dict:
     "scores": {"before": before, "after": after, "during": done.history.evaluations},
     "truncated": {"train": train_rows.truncated, "eval": eval_rows.truncated},
     "sample": sample or None,
+    "writing": as_report(args, write_answers, writing) if args.write else None,
   }
   plot(out / "loss.png", report)
   write(out / "report.md", as_markdown(report))
@@ -279,16 +302,18 @@ def main(argv: list[str] | None = None) -> dict:
 
 def check_arguments(args: argparse.Namespace, demo: bool) -> None:
   """Completes defaults; raises for what cannot work."""
-  if args.task == "seq2seq":
-    raise ValueError(
-      "--task seq2seq: with a decoder, use --task lm and a file of prompts and completions"
-    )
   if demo and args.train is None and args.task != "lm":
     raise ValueError(f"--model demo --task {args.task} needs --train and --eval")
   if not demo or args.train or args.eval:
     missing = [name for name in ("train", "eval") if getattr(args, name) is None]
     if missing:
       raise ValueError(f"--{missing[0]} is missing: training needs a --train and an --eval file")
+  if args.write and args.task not in WRITE:
+    raise ValueError(
+      f"--write: a model of --task {args.task} writes nothing; it needs lm or seq2seq"
+    )
+  if args.write is None:
+    args.write = WRITE.get(args.task, 0)
   if args.general and args.task != "lm":
     raise ValueError("--general compares losses of language models: it needs --task lm")
   if args.out is None:
@@ -299,10 +324,12 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
     raise ValueError("--resume and --overwrite exclude each other")
   if args.steps and args.epochs:
     raise ValueError("--steps and --epochs exclude each other")
-  for name in ("steps", "epochs", "batch", "accumulate", "length", "lr"):
+  if args.write < 0:
+    raise ValueError(f"--write {args.write}: expected 0 or more prompts")
+  for name in ("steps", "epochs", "batch", "accumulate", "length", "lr", "beams", "new_tokens"):
     value = getattr(args, name)
     if value is not None and not value > 0:
-      raise ValueError(f"--{name} {value}: expected a positive number")
+      raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
   if demo and not args.train:
     for name in ("steps", "batch", "length"):
       if getattr(args, name) is None and not (name == "steps" and args.epochs):
@@ -327,7 +354,7 @@ def build_method(args: argparse.Namespace) -> pelt.Transform:
   factory = getattr(pelt, args.method)
   options = typed_options(args.method, factory, args.set)
   method = factory(**options)
-  if args.task != "lm" and args.method != "full":
+  if args.task not in WRITE and args.method != "full":
     parts = [method, pelt.train("head")]
     # Trained jointly, the backbone is all that nothing else claimed before.
     method = pelt.chain(*(parts[::-1] if options.get("tune_backbone") else parts))
@@ -420,6 +447,24 @@ def read_files(args: argparse.Namespace, demo: bool):
   return *read, general
 
 
+def as_report(
+  args: argparse.Namespace, writer: training.Writer, writing: dict[str, list[str]]
+) -> dict:
+  """Scores of all answers, and some of the texts."""
+  shown = range(0, len(writer.asked), max(1, -(-len(writer.asked) // SHOWN)))
+  texts = [
+    {
+      "prompt": writer.asked[i].prompt,
+      "reference": writer.asked[i].references[0],
+      **{when: answers[i] for when, answers in writing.items()},
+    }
+    for i in shown
+  ]
+  scores = {when: writer.scores(answers) for when, answers in writing.items()}
+  search = {"beams": args.beams, "new_tokens": args.new_tokens}
+  return {"prompts": len(writer.asked), **search, "scores": scores, "texts": texts}
+
+
 def fingerprint(*sets: training.Encoded) -> int:
   """A number that other data would change."""
   sums = 0
@@ -449,87 +494,13 @@ def continuation(apply, params, tokenizer, virtual) -> str:
   return PROMPT + tokenizer.decode(made.tokens[0].tolist())
 
 
-def write(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)
-
-
-def plot(path: pathlib.Path, report: dict) -> None:
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(6, 4), layout="constrained")
-  axes = figure.subplots()
-  axes.plot(*zip(*report["loss"], strict=True), linewidth=1, label="training")
-  held_out = [(step, scores["loss"]) for step, scores in report["scores"]["during"]]
-  axes.plot(
-    *zip((0, report["scores"]["before"]["loss"]), *held_out, strict=True), "o-", label="eval"
-  )
-  axes.set(xlabel="step", ylabel="loss", title=f"{report['method']} on {report['task']}")
-  axes.legend()
-  temporary = path.with_name(f".{path.name}.tmp")
-  figure.savefig(temporary, format="png", dpi=120)
-  os.replace(temporary, path)
-
-
-def rows_of(report: dict) -> list[tuple[str, str]]:
-  """The report as lines of a table."""
-  metric, counts, flops = report["metric"], report["parameters"], report["flops"]
-  before, after = report["scores"]["before"], report["scores"]["after"]
-  rows = [(name, f"{before[name]:.4f} → {after[name]:.4f}") for name in after]
-  rows.sort(key=lambda row: row[0] != metric["name"])
-  if report["forgetting"]:
-    rows.append(
-      ("loss on general text", "{before:.4f} → {after:.4f}".format(**report["forgetting"]))
-    )
-  share = counts["trainable"] / counts["total"]
-  rows.append(("trainable", f"{counts['trainable']:,} of {counts['total']:,} ({share:.2%})"))
-  if counts["head"]:
-    rows.append(("head", f"{counts['head']:,}"))
-  rows.append(("adapter file", f"{report['bytes']['adapter'] / 1e6:.2f} MB"))
-  rows.append(("optimizer state", f"{report['bytes']['optimizer'] / 1e6:.2f} MB"))
-  if flops["step"]:
-    rows.append(("FLOPs per step", f"{flops['step']:.3g}"))
-  if report["time"]["step_ms"]:
-    rows.append(("step", f"{report['time']['step_ms']:.1f} ms"))
-  rows.append(("compiling", f"{report['time']['compile_s']:.1f} s"))
-  rows.append(("total", f"{report['time']['total_s']:.1f} s"))
-  for which in ("train", "eval"):
-    if report["truncated"][which]:
-      rows.append((f"{which} examples cut", f"{report['truncated'][which]:,}"))
-  return rows
-
-
-def as_markdown(report: dict) -> str:
-  title = f"# {report['method']} on {report['task']}, {report['steps']} steps\n"
-  table = "\n".join(f"| {name} | {value} |" for name, value in rows_of(report))
-  settings = "\n".join(f"- {k}: {v}" for k, v in report["settings"].items() if v is not None)
-  text = f"{title}\n| | before → after |\n|---|---|\n{table}\n\n## Settings\n\n{settings}\n"
-  if report["sample"]:
-    before, after = report["sample"]
-    text += f"\n## Sample, before\n\n```\n{before}\n```\n\n## Sample, after\n\n```\n{after}\n```\n"
-  return text + "\n![loss](loss.png)\n"
-
-
-def show(report: dict, out: pathlib.Path) -> None:
-  from rich.console import Console
-  from rich.table import Table
-
-  console = Console()
-  table = Table("", "before → after", title=f"{report['method']} on {report['task']}")
-  for row in rows_of(report):
-    table.add_row(*row)
-  console.print(table)
-  for name, text in zip(("before", "after"), report["sample"] or (), strict=False):
-    console.print(f"sample {name}:", style="bold")
-    console.print(text, markup=False, highlight=False)
-  console.print(f"written to {out}")
-
-
 if __name__ == "__main__":
   training.keep_freed_memory()
   try:
     main()
+  except KeyboardInterrupt:
+    print("stopped; the same command with --resume goes on from the last checkpoint")
+    sys.exit(130)
   except (ValueError, OSError, training.Diverged) as error:
     if "--traceback" in sys.argv:
       raise

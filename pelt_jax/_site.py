@@ -184,7 +184,9 @@ def _nothing(sites: tuple[Site, ...], target: str, kind: str) -> str:
   tails = {"/".join(p.split("/")[-target.count("/") - 1 :]): p for p in paths}
   near = [tails[n] for n in difflib.get_close_matches(target, tails, n=3, cutoff=0.3)]
   near += difflib.get_close_matches(target, paths, n=2, cutoff=0.3)
+  meant = difflib.get_close_matches(target, [r for r in (*known, "all-linear") if r != target], n=2)
   return (
-    f"target {target!r} matches no {kind} site. Nearest paths: {near or paths[:5]}. "
+    f"target {target!r} matches no {kind} site. "
+    f"{f'Nearest roles: {meant}. ' if meant else ''}Nearest paths: {near or paths[:5]}. "
     f"Roles of this model: {known or 'none stated (pass roles= to pelt.sites)'}"
   )

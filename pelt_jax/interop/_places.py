@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pelt_jax._node import Node, Weight, strip, walk
+from pelt_jax._site import matches
 from pelt_jax.models import torch_name
+from pelt_jax.models._layers import stacks
+from pelt_jax.models._names import transposed
 
 LINEAR, TABLE = "kernel", "embedding"
 
@@ -17,7 +20,9 @@ class Place(NamedTuple):
     layer: index on the leaf's layer axis, None if the leaf is not scanned.
     module: the torch module's name, dots between components.
     name: the tensor's name in that module (`weight`, `bias`, ...).
-    shape: shape of our leaf for this layer: a kernel is (in, out) where torch has (out, in).
+    shape: shape of our leaf for this layer: a kernel is (in, out).
+    transposed: whether torch's tensor is the leaf's transpose: Linear keeps (out, in), but GPT-2's
+      Conv1D (in, out).
   """
 
   path: str
@@ -25,6 +30,7 @@ class Place(NamedTuple):
   module: str
   name: str
   shape: tuple[int, ...]
+  transposed: bool = False
 
   @property
   def leaf(self) -> str:
@@ -52,7 +58,8 @@ def places(model: Any, params: Mapping) -> dict[str, Place]:
     for layer in range(count) if stack else [None]:
       looped = path if layer is None else f"{root}/{layer}{path[len(root) :]}"
       module, _, name = torch_name(looped).rpartition(".")
-      place = Place(path, layer, module, name, shape if layer is None else shape[1:])
+      own = shape if layer is None else shape[1:]
+      place = Place(path, layer, module, name, own, transposed(path, model))
       found[place.tensor] = place
   return found
 
@@ -61,23 +68,39 @@ def scanned(model: Any, path: str) -> tuple[str, int] | None:
   """Path and length of the scanned stack that a leaf belongs to."""
   if not getattr(model, "scan", False):
     return None
-  stack, length = model.stack
-  return (stack, length) if path.startswith(f"{stack}/") else None
+  return next((s for s in stacks(model) if path.startswith(f"{s[0]}/")), None)
 
 
-def is_tied(model: Any, params: Mapping) -> bool:
-  """Whether the output head is the embedding table itself."""
-  causal = getattr(model, "architecture", "").endswith("ForCausalLM")
-  return causal and "lm_head" not in params and bool(model.config.tie_word_embeddings)
+# Endings of Hugging Face's class names; the first that fits counts.
+_TASKS = {
+  "ForSequenceClassification": "SEQ_CLS",
+  "ForTokenClassification": "TOKEN_CLS",
+  "ForCausalLM": "CAUSAL_LM",
+  "LMHeadModel": "CAUSAL_LM",
+  "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+  "Model": "FEATURE_EXTRACTION",
+}
 
 
 def task_type(model: Any) -> str | None:
   """PEFT's name of the model's task, None for a model that does not tell."""
   architecture = getattr(model, "architecture", "")
-  suffixes = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForCausalLM": "CAUSAL_LM",
-    "Model": "FEATURE_EXTRACTION",
-  }
-  return next((task for suffix, task in suffixes.items() if architecture.endswith(suffix)), None)
+  return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), None)
+
+
+def is_tied(model: Any, params: Mapping) -> bool:
+  """Whether the output head is the embedding table itself."""
+  generates = task_type(model) in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+  return generates and "lm_head" not in params and bool(model.config.tie_word_embeddings)
+
+
+def is_tokens(model: Any, place: Place) -> bool:
+  """Whether a tensor is the table of the model's tokens."""
+  parent = place.path.rpartition("/")[0]
+  roles = getattr(model, "roles", {}).get("embedding", ())
+  return place.leaf == TABLE and any(matches(role.pattern, parent) for role in roles)
+
+
+def is_copied(model: Any, place: Place) -> bool:
+  """Whether torch's encoder and decoder read this table under names of their own."""
+  return hasattr(model, "stacks") and is_tokens(model, place)

@@ -1,7 +1,7 @@
-"""Hugging Face PEFT's LoRA folders: `adapter_config.json` and `adapter_model.safetensors`.
+"""Hugging Face PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`.
 
-Torch is not needed on either way.
+LoRA, prompts and prefixes. Torch is not needed on either way.
 """
 
-from pelt_jax.interop._peft_export import export as export
-from pelt_jax.interop._peft_load import load as load
+from pelt_jax.interop._peft import export as export
+from pelt_jax.interop._peft import load as load

@@ -211,15 +211,24 @@ class BartForConditionalGeneration(Seq2Seq):
     return ("model/encoder/layers", encoder), ("model/decoder/layers", decoder)
 
   @property
+  def learned_positions(self) -> int:
+    """How many positions each stack's table has; text cannot be longer."""
+    return self.config.max_position_embeddings
+
+  @property
   def trunk(self) -> BartModel:
     """The module that owns the embedding and the stacks."""
     return self.model
 
+  @property
+  def embedding_scale(self) -> float:
+    """What rows of the table are multiplied with on their way into the stacks."""
+    return self.config.hidden_size**0.5 if self.config.scale_embedding else 1.0
+
   def embed(self, ids: Array) -> Array:
     """Token ids to what the stacks take."""
     x = self.model.shared(ids)
-    scale = self.config.hidden_size**0.5 if self.config.scale_embedding else 1.0
-    return x * jnp.asarray(scale, x.dtype)
+    return x * jnp.asarray(self.embedding_scale, x.dtype)
 
   def head(self, x: Array) -> Array:
     """Hidden states to logits."""

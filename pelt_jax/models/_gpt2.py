@@ -136,6 +136,11 @@ class _GPT2(nn.Module):
     return "/".join(filter(None, (self.prefix, "h"))), self.config.num_hidden_layers
 
   @property
+  def learned_positions(self) -> int:
+    """How many positions the table has; text cannot be longer."""
+    return self.config.max_position_embeddings
+
+  @property
   def roles(self) -> dict[str, tuple[Role, ...]]:
     """Where the roles live: `query`, `key` and `value` are one module here."""
     joint = (Role("attn/c_attn"),)

@@ -35,7 +35,6 @@ TASKS = ("lm", "classification", "tagging", "encoder", "seq2seq")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LLAMA = {
   "lm": _llama.LlamaForCausalLM,
-  "seq2seq": _llama.LlamaForCausalLM,  # source and target are one sequence for a decoder
   "classification": _llama.LlamaForSequenceClassification,
   "tagging": _llama.LlamaForTokenClassification,
   "encoder": _llama.LlamaModel,
@@ -50,7 +49,6 @@ _CLASSES: dict[str, dict[str, Any]] = {
   "roberta": _BERT | {"classification": _bert.RobertaForSequenceClassification},
   "gpt2": {
     "lm": _gpt2.GPT2LMHeadModel,
-    "seq2seq": _gpt2.GPT2LMHeadModel,
     "classification": _gpt2.GPT2ForSequenceClassification,
     "tagging": _gpt2.GPT2ForTokenClassification,
     "encoder": _gpt2.GPT2Model,
@@ -122,7 +120,12 @@ def from_config(
   classes = _CLASSES.get(config.model_type, _LLAMA)
   if task not in classes:
     known = f"for {config.model_type}: {', '.join(classes)}" if task in TASKS else ", ".join(TASKS)
-    raise ValueError(f"task {task!r} is not one of those known {known}")
+    hint = {
+      "seq2seq": "; a decoder learns prompts and completions with task='lm'",
+      "lm": "; an encoder-decoder is trained with task='seq2seq'",
+    }.get(task, "")
+    hint = hint if {"lm", "seq2seq"} & set(classes) else ""
+    raise ValueError(f"task {task!r} is not one of those known {known}{hint}")
   if num_labels is not None:
     if task not in ("classification", "tagging"):
       raise ValueError(f"num_labels is for classification and tagging, the task is {task!r}")
@@ -146,7 +149,7 @@ def from_pretrained(
   Args:
     source: the folder; or, if there is no such folder, a hub id such as "org/name", which needs
       `huggingface_hub`.
-    task: "lm", "classification", "tagging", "encoder" or "seq2seq" (a decoder's language model).
+    task: "lm", "classification", "tagging", "encoder" or "seq2seq" (of encoder-decoders).
     num_labels: for classification and tagging; by default what config.json says.
     dtype: of parameters and computation. The checkpoint is converted to it.
     scan: stack the layers' parameters and compile one layer.

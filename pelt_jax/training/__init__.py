@@ -1,8 +1,13 @@
 """Training: data, steps, loop, scores and checkpoints. Nothing here needs our scripts."""
 
+from pelt_jax.training._answers import Question as Question
+from pelt_jax.training._answers import Writer as Writer
+from pelt_jax.training._answers import questions as questions
 from pelt_jax.training._batch import batches as batches
 from pelt_jax.training._batch import buckets as buckets
 from pelt_jax.training._batch import collate as collate
+from pelt_jax.training._beam import Beams as Beams
+from pelt_jax.training._beam import beam_search as beam_search
 from pelt_jax.training._checkpoint import CheckpointMismatch as CheckpointMismatch
 from pelt_jax.training._checkpoint import Checkpoints as Checkpoints
 from pelt_jax.training._compile import Compiled as Compiled
@@ -29,6 +34,7 @@ from pelt_jax.training._mesh import place_batch as place_batch
 from pelt_jax.training._mesh import replicate as replicate
 from pelt_jax.training._metrics import classification_scores as classification_scores
 from pelt_jax.training._metrics import entity_scores as entity_scores
+from pelt_jax.training._metrics import generation_scores as generation_scores
 from pelt_jax.training._metrics import language_scores as language_scores
 from pelt_jax.training._pack import Segment as Segment
 from pelt_jax.training._pack import pack as pack

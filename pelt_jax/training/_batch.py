@@ -14,12 +14,16 @@ _MULTIPLE = 8
 def buckets(*data: Encoded) -> tuple[int, ...]:
   """Lengths to pad to: for half of the rows, nine tenths, and all, rounded up to multiples of 8.
 
+  Sources and targets of an encoder-decoder share them.
+
   Args:
     *data: Everything that will run, training and evaluation.
   """
   if all(d.task == "lm" for d in data):  # packed or windows: one length serves
     return (int(max(d.lengths().max() for d in data)),)
-  lengths = np.sort(np.concatenate([d.lengths() for d in data]))
+  sides = [d.lengths() for d in data]
+  sides += [d.lengths("labels") for d in data if d.task == "seq2seq"]
+  lengths = np.sort(np.concatenate(sides))
   at = (lengths[int(np.ceil(q * len(lengths))) - 1] for q in (0.5, 0.9, 1.0))
   return tuple(sorted({-(-int(n) // _MULTIPLE) * _MULTIPLE for n in at}))
 
@@ -37,27 +41,32 @@ def collate(
 
   Returns:
     `input_ids` (B, T), `labels` (B, T) or (B,), and `attention_mask` (B, T) or, for packed rows,
-    `segment_ids` and `position_ids` (B, T).
+    `segment_ids` and `position_ids` (B, T). In the task seq2seq the labels have a length of their
+    own, (B, U).
   """
   rows = [data.rows[i] for i in indices]
-  longest = max(len(row["input_ids"]) for row in rows)
-  length = next((n for n in lengths if n >= longest), longest)
+
+  def width(name: str) -> int:
+    longest = max(len(row[name]) for row in rows)
+    return next((n for n in lengths if n >= longest), longest)
+
+  length = width("input_ids")
+  targets = width("labels") if data.task == "seq2seq" else length
   packed = "segment_ids" in data.rows[0]
   batch = {
     "input_ids": np.full((size, length), data.pad, np.int32),
-    "labels": np.full((size, length)[: 1 + rows[0]["labels"].ndim], IGNORE, np.int32),
+    "labels": np.full((size, targets)[: 1 + rows[0]["labels"].ndim], IGNORE, np.int32),
   }
   names = ("segment_ids", "position_ids") if packed else ("attention_mask",)
   batch |= {name: np.zeros((size, length), np.int32) for name in names}
   for i, row in enumerate(rows):
-    n = len(row["input_ids"])
     for name, value in row.items():
       if value.ndim:
-        batch[name][i, :n] = value
+        batch[name][i, : len(value)] = value
       else:
         batch[name][i] = value
     if not packed:
-      batch["attention_mask"][i, :n] = 1
+      batch["attention_mask"][i, : len(row["input_ids"])] = 1
   if not packed:  # attention over no position at all is undefined
     batch["attention_mask"][len(rows) :, 0] = 1
   return batch

@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax.training._generate import checked_mask, decoding, left_padded, start_tokens
+from pelt_jax.training._generate import (
+  check_positions,
+  checked_mask,
+  decoding,
+  left_padded,
+  start_tokens,
+)
 from pelt_jax.training._generate import stopping_tokens as stopping
 
 Array = jax.Array
@@ -82,7 +88,7 @@ def beam_search(
     `Beams(tokens, lengths, scores)`.
 
   Raises:
-    ValueError: a bad shape, mask or option; the argument is named.
+    ValueError: as `generate`.
 
       out = beam_search(model.apply, params, ids, mask, beams=4, max_new_tokens=32, eos_token_id=1)
       best = out.tokens[:, 0]
@@ -98,6 +104,7 @@ def beam_search(
   ids, mask = checked_mask(ids, attention_mask)
   if not start:
     ids, mask = left_padded(ids, mask)
+  check_positions(apply, params, mask, max_new_tokens, start, rows)
   return _run(
     params,
     jnp.asarray(ids, jnp.int32),

@@ -24,12 +24,12 @@ class Encoded:
   """Rows ready for batching, and what evaluation needs besides them.
 
   Attributes:
-    task: `"classification"`, `"tagging"` or `"lm"`.
-    rows: Per row `input_ids` (T,) and `labels` (T,) or (); packed rows also have `segment_ids` and
-      `position_ids` (T,).
+    task: `"classification"`, `"tagging"`, `"lm"` or `"seq2seq"`.
+    rows: Per row `input_ids` (T,) and `labels` (T,) or (), in the task seq2seq (U,); packed rows
+      also have `segment_ids` and `position_ids` (T,).
     labels: Names of the classes, for tagging and classification.
     pad: The id that fills short rows.
-    bytes: UTF-8 bytes of the text that has to be predicted (lm).
+    bytes: UTF-8 bytes of the text that has to be predicted (lm, seq2seq).
     tags: Per row, the true tags and the position that predicts each, -1 for a token that the
       tokenizer or the length left out (tagging).
     truncated: How many examples lost their end to `length`.
@@ -46,9 +46,9 @@ class Encoded:
   def __len__(self) -> int:
     return len(self.rows)
 
-  def lengths(self) -> np.ndarray:
-    """Number of ids of each row (N,)."""
-    return np.array([len(row["input_ids"]) for row in self.rows], np.int64)
+  def lengths(self, name: str = "input_ids") -> np.ndarray:
+    """Number of ids, or of labels, of each row (N,)."""
+    return np.array([len(row[name]) for row in self.rows], np.int64)
 
 
 def label_list(examples: Examples) -> tuple[str, ...]:
@@ -86,11 +86,13 @@ def encode(
     task: As for `read`.
     labels: The classes in order, from `label_list` of the training file.
     length: Longest row in tokens; longer examples are cut there, running text is split. None: an
-      example may be as long as the model allows, and running text is split at 512.
+      example may be as long as the model allows, and running text is split at 512. Sources and
+      targets of an encoder-decoder are cut there each on its own.
     limit: How many positions the model has; None if any.
-    virtual: Ids of virtual tokens, from `pelt.virtual_tokens`, that every text gets. They count
-      towards `length` and `limit` and are never a target; the first token of running text stays
-      unpredicted where nothing but them precedes it, as without them.
+    virtual: Ids of virtual tokens, from `pelt.virtual_tokens`, that every text gets, an
+      encoder-decoder's source. They count towards `length` and `limit` and are never a target; the
+      first token of running text stays unpredicted where nothing but them precedes it, as without
+      them.
     placement: Where they stand: `"start"`, `"after_first"` (behind BOS or [CLS]) or `"end"`
       (before [SEP]; in a prompt with completion or a conversation, before the first target).
 
@@ -98,6 +100,20 @@ def encode(
     DataError: A label is not among `labels`, or an example is too long; names file and line.
     ValueError: `length` is more than the model has.
   """
+  check_room(length, limit, virtual, placement)
+  prompt = (tuple(virtual), placement)
+  if task == "seq2seq":
+    return _sources_and_targets(examples, tokenizer, length, limit, prompt)
+  length, limit = (None if n is None else n - len(virtual) for n in (length, limit))
+  if task == "lm":
+    return _language(examples, tokenizer, length, limit, prompt)
+  return _supervised(examples, tokenizer, task, tuple(labels), length, limit, prompt)
+
+
+def check_room(
+  length: int | None, limit: int | None, virtual: Sequence[int], placement: str
+) -> None:
+  """Raises ValueError where virtual tokens leave no room for text; see `encode`."""
   if length is not None and length < 4:
     raise ValueError(f"length={length}: expected at least 4 tokens")
   if length is not None and limit is not None and length > limit:
@@ -110,11 +126,6 @@ def encode(
         f"{len(virtual)} virtual tokens leave no room for text: {name} is {room}, and at least 4 "
         "tokens of text are needed. Shorten the prompt or raise length"
       )
-  length, limit = (None if n is None else n - len(virtual) for n in (length, limit))
-  prompt = (tuple(virtual), placement)
-  if task == "lm":
-    return _language(examples, tokenizer, length, limit, prompt)
-  return _supervised(examples, tokenizer, task, tuple(labels), length, limit, prompt)
 
 
 def _supervised(
@@ -165,10 +176,59 @@ def _supervised(
   return Encoded(task, tuple(rows), labels, tokenizer.pad, tags=tuple(tags), truncated=truncated)
 
 
+def _sources_and_targets(
+  examples: Examples,
+  tokenizer: Tokenizer,
+  length: int | None,
+  limit: int | None,
+  prompt: tuple[Sequence[int], str],
+) -> Encoded:
+  rows, total_bytes, truncated = [], 0, 0
+  for example in examples:
+    source, cut = source_ids(examples, example, tokenizer, length, limit, prompt)
+    completion = example.completion or ""
+    pieces = tokenizer.encode(completion, special=True)
+    target = pieces.ids
+    if tokenizer.eos is not None and target[-1:] != [tokenizer.eos]:
+      target = [*target, tokenizer.eos]
+    kept = _fit(examples, example, len(target), length, limit)
+    # A target that was cut does not end there, so nothing says that it does.
+    end = len(completion) if kept == len(target) else max(b for _, b in pieces.spans[:kept])
+    total_bytes += len(completion[:end].encode())
+    truncated += bool(cut or kept < len(target))
+    rows.append(
+      {"input_ids": np.array(source, np.int32), "labels": np.array(target[:kept], np.int32)}
+    )
+  return Encoded("seq2seq", tuple(rows), pad=tokenizer.pad, bytes=total_bytes, truncated=truncated)
+
+
+def source_ids(
+  examples: Examples,
+  example: Example,
+  tokenizer: Tokenizer,
+  length: int | None,
+  limit: int | None,
+  prompt: tuple[Sequence[int], str],
+) -> tuple[list[int], bool]:
+  """What an encoder-decoder reads, virtual tokens in their place, and whether it was cut."""
+  ids, closing = tokenizer.encode(example.prompt or "", special=True).ids, _closing(tokenizer)
+  room = [None if n is None else n - len(prompt[0]) for n in (length, limit)]
+  kept = _fit(examples, example, len(ids), *room)
+  cut = kept < len(ids)
+  if cut:
+    ids = ids[:kept] if closing is None else [*ids[: kept - 1], closing]
+  if not ids and not prompt[0]:
+    raise examples.error(example.line, "the prompt is empty: the encoder has nothing to read")
+  return place(ids, *prompt, closing=closing is not None).ids, cut
+
+
 def _closing(tokenizer: Tokenizer) -> int | None:
-  """The id that ends every sequence ([SEP]), if the tokenizer writes one."""
-  around = tokenizer.encode("", special=True).ids
-  return around[-1] if len(around) > 1 else None
+  """The id that ends every sequence ([SEP], T5's </s>), if the tokenizer writes one."""
+  around, last = (
+    tokenizer.encode("", special=True).ids,
+    tokenizer.encode("a", special=True).ids[-1:],
+  )
+  return last[0] if around[-1:] == last else None
 
 
 def _words(tokenizer: Tokenizer, tokens: Sequence[str]) -> tuple[list[int], np.ndarray]:
@@ -284,12 +344,8 @@ def _completion(
 ) -> tuple[Segment, int]:
   """A prompt and completion, or a conversation: only what the model has to write is a target."""
   if example.messages is None:
-    question, completion = example.prompt or "", example.completion or ""
-    if question and completion and not (question[-1].isspace() or completion[0].isspace()):
-      question += "\n"
-    before, after = tokenizer.encode(question).ids, tokenizer.encode(completion).ids
-    if tokenizer.adds_bos and tokenizer.bos is not None:
-      before = [tokenizer.bos, *before]
+    completion = example.completion or ""
+    before, after = _question(example, tokenizer), tokenizer.encode(completion).ids
     if tokenizer.eos is not None:
       after = [*after, tokenizer.eos]
     ids, supervised = [*before, *after], [False] * len(before) + [True] * len(after)
@@ -306,16 +362,53 @@ def _completion(
   return Segment(stream[:-1], labels[1:]), n_bytes
 
 
+def _question(example: Example, tokenizer: Tokenizer) -> list[int]:
+  """What stands before the completion."""
+  question, completion = example.prompt or "", example.completion or ""
+  if question and completion and not (question[-1].isspace() or completion[0].isspace()):
+    question += "\n"
+  ids = tokenizer.encode(question).ids
+  return [tokenizer.bos, *ids] if tokenizer.adds_bos and tokenizer.bos is not None else ids
+
+
+def prompt_ids(
+  examples: Examples,
+  example: Example,
+  tokenizer: Tokenizer,
+  task: str,
+  length: int | None,
+  limit: int | None,
+  prompt: tuple[Sequence[int], str],
+) -> list[int]:
+  """What the model reads before it writes the completion, or the last assistant's turn."""
+  if task == "seq2seq":
+    return source_ids(examples, example, tokenizer, length, limit, prompt)[0]
+  if example.messages is None:
+    ids = _question(example, tokenizer)
+  else:
+    messages = example.messages
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    try:
+      ids = tokenizer.encode(_chat(examples, example, tokenizer).render(messages[:last], True)).ids
+    except ValueError as error:
+      raise examples.error(example.line, str(error)) from error
+  return place(ids, *prompt).ids
+
+
+def _chat(examples: Examples, example: Example, tokenizer: Tokenizer) -> FolderTokenizer:
+  if not isinstance(tokenizer, FolderTokenizer):
+    raise examples.error(example.line, "this model has no chat template for `messages`")
+  return tokenizer
+
+
 def _conversation(
   examples: Examples, example: Example, tokenizer: Tokenizer
 ) -> tuple[list[int], list[bool], int]:
-  messages = example.messages or ()
-  if not isinstance(tokenizer, FolderTokenizer):
-    raise examples.error(example.line, "this model has no chat template for `messages`")
+  messages, chat = example.messages or (), _chat(examples, example, tokenizer)
   try:
-    text = tokenizer.render(messages)
+    text = chat.render(messages)
     spans = [
-      _turn(tokenizer, messages, i, text)
+      _turn(chat, messages, i, text)
       for i, message in enumerate(messages)
       if message["role"] == "assistant"
     ]

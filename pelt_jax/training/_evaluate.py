@@ -16,6 +16,7 @@ MAIN_METRIC = {
   "classification": ("accuracy", True),
   "tagging": ("entity_f1", True),
   "lm": ("loss", False),
+  "seq2seq": ("loss", False),
 }
 
 
@@ -55,7 +56,7 @@ class Evaluator:
       weights += float(aux["weight"])
       if "predictions" in aux:
         predicted |= dict(zip(indices.tolist(), aux["predictions"], strict=False))
-    if data.task == "lm":
+    if data.task in ("lm", "seq2seq"):
       return language_scores(total, weights, data.bytes)
     if data.task == "classification":
       truth = [int(row["labels"]) for row in data.rows]

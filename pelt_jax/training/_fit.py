@@ -1,12 +1,11 @@
 """The training loop."""
 
 import collections
-import contextlib
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +14,8 @@ from pelt_jax._tree import combine
 from pelt_jax.training._batch import Batch
 from pelt_jax.training._checkpoint import Checkpoints
 from pelt_jax.training._compile import Compiled
-from pelt_jax.training._extras import need
 from pelt_jax.training._loader import Loader
+from pelt_jax.training._progress import bar
 from pelt_jax.training._step import TrainStep
 
 _KEPT_TIMES = 200
@@ -164,7 +163,7 @@ def fit(
   number = start
   stopped = patience is not None and since >= patience
   mark: float | None = None  # when the step before last was done
-  with _bar(progress, start, steps) as advance:
+  with bar("training", steps, start, progress) as advance:
     while number < steps and not stopped:
       batch = place(next(loader))
       before = program.seconds
@@ -177,7 +176,7 @@ def fit(
       if now is not None and mark is not None and program.seconds == before:
         times.append(now - mark)
       mark, pending = now, (number, metrics["loss"])
-      advance(loss)
+      advance(None if loss is None else f"loss {loss:.4f}")
       due = number == steps or (every is not None and number % every == 0)
       if evaluate is not None and due:
         flush()
@@ -197,7 +196,8 @@ def fit(
         save(number)
       if pending is None:  # evaluated or saved since: the next interval is no step's
         mark = None
-    advance(flush(), 0)
+    if (loss := flush()) is not None:
+      advance(f"loss {loss:.4f}", 0)
   if metric is not None and history.best is not None:
     trainable = best
   return Fit(
@@ -210,23 +210,3 @@ def fit(
     program.seconds,
     program.cost(),
   )
-
-
-@contextlib.contextmanager
-def _bar(show: bool, start: int, steps: int) -> Iterator[Callable[..., None]]:
-  if not show:
-    yield lambda loss, by=1: None
-    return
-  rich = need("rich.progress")
-  columns = (
-    *rich.Progress.get_default_columns(),
-    rich.MofNCompleteColumn(),
-    rich.TextColumn("{task.fields[loss]}"),
-  )
-  with rich.Progress(*columns) as bar:
-    task = bar.add_task("training", total=steps, completed=start, loss="")
-
-    def advance(loss: float | None, by: int = 1) -> None:
-      bar.update(task, advance=by, **({} if loss is None else {"loss": f"loss {loss:.4f}"}))
-
-    yield advance

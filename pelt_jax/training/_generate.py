@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+from pelt_jax._node import every_node, walk
+from pelt_jax.nodes import Shift
 
 Array = jax.Array
 
@@ -71,7 +75,8 @@ def generate(
     `Generated(tokens, lengths)`.
 
   Raises:
-    ValueError: a bad shape, mask or option; the argument is named.
+    ValueError: a bad shape, mask or option, or more tokens than the model has learned positions (a
+      prefix takes some of them); the argument is named.
 
       out = generate(model.apply, params, ids, mask, max_new_tokens=32, eos_token_id=2)
       text = tokenizer.decode(out.tokens[0, : out.lengths[0]])
@@ -95,6 +100,7 @@ def generate(
   ids, mask = checked_mask(ids, attention_mask)
   if not start:
     ids, mask = left_padded(ids, mask)
+  check_positions(apply, params, mask, max_new_tokens, start, rows)
   tokens, lengths = _run(
     params,
     jnp.asarray(ids, jnp.int32),
@@ -117,12 +123,57 @@ def start_tokens(apply: Any, given: int | Sequence[int] | None) -> tuple[int, ..
   """What an encoder-decoder's answer starts behind; nothing for a decoder."""
   if given is not None:
     return tuple(int(t) for t in np.atleast_1d(np.asarray(given)))
-  while apply is not None:
-    config = getattr(getattr(apply, "__self__", None), "config", None)
-    if (token := getattr(config, "decoder_start_token_id", None)) is not None:
+  for model in _models(apply):
+    token = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+    if token is not None:
       return (int(token),)
-    apply = getattr(apply, "__wrapped__", None)
   return ()
+
+
+def _models(apply: Any) -> Iterator[Any]:
+  """The module whose method `apply` is, or wraps."""
+  while apply is not None:
+    if (model := getattr(apply, "__self__", None)) is not None:
+      yield model
+    apply = getattr(apply, "__wrapped__", None)
+
+
+def check_positions(
+  apply: Any, params: Any, mask: np.ndarray, steps: int, start: tuple[int, ...], rows: Any
+) -> None:
+  """Raises where a table of learned positions is too short; without one there is no limit.
+
+  The last new token is never read, so it needs no position.
+  """
+  limits = (getattr(model, "learned_positions", None) for model in _models(apply))
+  limit = next((n for n in limits if n is not None), None)
+  if limit is None:
+    return
+  shift = _shift(params, rows)
+  free = limit - shift
+  has = f"the model has learned {limit} positions" + (f", a prefix takes {shift}" if shift else "")
+  if start and mask.shape[1] > free:
+    raise ValueError(f"input_ids: sources of {mask.shape[1]} tokens are too long: {has}")
+  given = len(start) if start else int(mask.sum(axis=1).max())
+  if given + steps - 1 > free:
+    raise ValueError(
+      f"max_new_tokens={steps} behind {given} tokens needs {given + steps - 1} positions: {has}; "
+      f"at most {max(free - given + 1, 0)} new tokens fit"
+    )
+
+
+def _shift(params: Any, rows: Any) -> int:
+  """How many positions later than usual the tokens stand."""
+
+  def most(node: Shift) -> int:
+    by = node.array("by")
+    if isinstance(by, Tracer):  # inside a program of the caller's: not known here
+      return 0
+    by = np.asarray(by)
+    return int((by[..., np.asarray(rows)] if node.banked and rows is not None else by).max())
+
+  shifts = ([most(n) for n in every_node(v) if isinstance(n, Shift)] for _, v in walk(params))
+  return max(map(sum, shifts), default=0)
 
 
 def stopping_tokens(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -56,13 +56,16 @@ def next_token(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """-mean log p(token | before), for language models that take aligned `labels`.
 
+  Of an encoder-decoder, whose decoder reads the targets shifted right: -mean log p(token | before,
+  source).
+
   The model computes token losses chunk by chunk, so full logits never exist.
 
   Args:
     apply: `pelt.bypass(model.apply)`; called with `labels`, it returns losses (B, T).
     params: Params with nodes.
     batch: `input_ids`, `labels` (B, T) (-100: no target), and `attention_mask` or `segment_ids` and
-      `position_ids`.
+      `position_ids`. An encoder-decoder's `input_ids` and mask are the source's, of another length.
     key: For dropout; None evaluates.
 
   Returns:
@@ -83,4 +86,5 @@ LOSSES: dict[str, Loss] = {
   "classification": cross_entropy,
   "tagging": cross_entropy,
   "lm": next_token,
+  "seq2seq": next_token,
 }

@@ -60,3 +60,47 @@ def language_scores(nats: float, tokens: float, n_bytes: int) -> dict[str, float
     "perplexity": math.exp(min(loss, 700.0)),
     "bits_per_byte": float(nats / math.log(2) / n_bytes) if n_bytes else float("nan"),
   }
+
+
+def generation_scores(
+  predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+  """How near generated texts are to their references: corpus BLEU and mean ROUGE.
+
+  BLEU (sacrebleu, its default "13a" tokens and exponential smoothing) counts n-grams over the
+  whole corpus, 0 to 100. ROUGE-1, -2 and -L (rouge-score, F1, with stemming) are means over the
+  texts, 0 to 1, each against the reference that it is nearest to.
+
+  Args:
+    predictions: One per item.
+    references: Per item at least one; items may have unequal numbers of them.
+
+  Raises:
+    ValueError: There are none, unequal numbers of them, or an item without a reference.
+
+  Example:
+    >>> scores = generation_scores(["the cat sat on it"], [["a dog", "the cat sat on it"]])
+    >>> scores["rouge_l"], round(scores["bleu"], 6)
+    (1.0, 100.0)
+  """
+  if not predictions or len(predictions) != len(references):
+    raise ValueError(
+      f"{len(predictions)} predictions and {len(references)} lists of references: expected as "
+      "many, at least one"
+    )
+  for i, found in enumerate(references):
+    if isinstance(found, str) or not found:
+      raise ValueError(f"references[{i}] must be a list of at least one text, got {found!r}")
+  bleu, rouge = need("sacrebleu"), need("rouge_score.rouge_scorer")
+  most = max(map(len, references))
+  # One stream per reference; where an item has fewer, sacrebleu leaves it out.
+  streams = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
+  scorer = rouge.RougeScorer(list(_ROUGE), use_stemmer=True)
+  found = [scorer.score_multi(list(r), p) for p, r in zip(predictions, references, strict=True)]
+  means = {
+    name: sum(score[kind].fmeasure for score in found) / len(found) for kind, name in _ROUGE.items()
+  }
+  return {"bleu": float(bleu.corpus_bleu(list(predictions), streams).score), **means}
+
+
+_ROUGE = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 FIELDS = ("text", "label", "prompt", "completion", "tokens", "tags", "messages")
-TASKS = ("classification", "tagging", "lm")
+TASKS = ("classification", "tagging", "lm", "seq2seq")
 
 # What an example must have, per task; the first alternative that is present counts.
 _NEEDS = {
   "classification": (("text", "label"),),
   "tagging": (("tokens", "tags"),),
   "lm": (("messages",), ("prompt", "completion"), ("text",)),
+  "seq2seq": (("prompt", "completion"),),
 }
 
 
@@ -66,8 +67,9 @@ def read(
 
   - `.jsonl`, `.json`, or a first line that is a JSON object: one object a line, with `text` and
     `label`; `tokens` and `tags`; or `messages`, or `prompt` and `completion`, or `text`.
-  - `.csv`, `.tsv`, and for classification any file with tabs: a table whose header names those
-    fields, or see `columns`. Two columns without a header are `text,label`.
+  - `.csv`, `.tsv`, for classification any file with tabs, for seq2seq any other file: a table
+    whose header names those fields, or see `columns`. Two columns without a header are
+    `text,label`.
   - Anything else, tagging: CoNLL, a line has the token first and the tag last, and blank lines
     separate sentences.
   - Anything else, classification: `label words …`.
@@ -77,7 +79,7 @@ def read(
 
   Args:
     path: The file.
-    task: `"classification"`, `"tagging"` or `"lm"`.
+    task: `"classification"`, `"tagging"`, `"lm"` or `"seq2seq"`.
     columns: For tables. Either the fields in order (`"text,label"`; `-` skips a column), and the
       file has no header; or `"field=name"` pairs that say which named column is which field.
 
@@ -147,7 +149,7 @@ def _kind(path: pathlib.Path, text: str, task: str) -> str:
     return "jsonl"
   if task == "tagging":
     return "conll"
-  return "tsv" if "\t" in first else "label words"
+  return "tsv" if "\t" in first or task == "seq2seq" else "label words"
 
 
 def _is_object(line: str) -> bool:

@@ -364,6 +364,12 @@ def test_a_target_that_matches_nothing_names_the_nearest():
     pelt.lora(targets="attn/querry").init(jax.random.key(0), params, sites)
   with pytest.raises(ValueError, match="none stated"):
     pelt.lora(targets="query_role").init(jax.random.key(0), params, sites)
+  roles = {"query": (pelt.Role("attn/query"),)}
+  named = pelt.sites(model, ids, mask, roles=roles)
+  with pytest.raises(ValueError, match=r"Nearest roles: \['query'\]\. Nearest paths"):
+    pelt.lora(targets="querry").init(jax.random.key(0), params, named)
+  with pytest.raises(ValueError, match=r"Nearest roles: \['all-linear'\]"):
+    pelt.lora(targets="all_linear").init(jax.random.key(0), params, sites)
   with pytest.raises(ValueError, match="no layer"):
     pelt.lora(targets="query", rank=2, layers=(7,)).init(jax.random.key(0), params, sites)
 

@@ -1,19 +1,18 @@
 """PEFT's rules for naming modules and ranks, as its own code has them."""
 
-import json
+import pathlib
 
 import pytest
 
-from pelt_jax.interop._peft_config import Config
+from pelt_jax.interop._peft_lora_config import Config
 from pelt_jax.interop._places import Place
 
 Q1 = "model.layers.1.self_attn.q_proj"
 
 
-def config(tmp_path, **fields):
-  file = tmp_path / "adapter_config.json"
-  file.write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 6, **fields}))
-  return Config(file, strict=True)
+def config(**fields):
+  raw = {"peft_type": "LORA", "r": 8, "lora_alpha": 6, **fields}
+  return Config(raw, pathlib.Path("adapter_config.json"), strict=True)
 
 
 @pytest.mark.parametrize(
@@ -30,14 +29,14 @@ def config(tmp_path, **fields):
     ("layers.1.self_attn.q_proj", "model.layersX1.self_attn.q_proj", True),  # a regex dot
   ],
 )
-def test_rank_patterns(pattern, path, hit, tmp_path):
-  assert config(tmp_path, rank_pattern={pattern: 4}).rank(path) == (4 if hit else 8)
+def test_rank_patterns(pattern, path, hit):
+  assert config(rank_pattern={pattern: 4}).rank(path) == (4 if hit else 8)
 
 
-def test_the_first_pattern_in_order_counts_and_alpha_is_looked_up_apart(tmp_path):
-  read = config(tmp_path, rank_pattern={".*proj": 4, "q_proj": 2}, alpha_pattern={"q_proj": 10})
+def test_the_first_pattern_in_order_counts_and_alpha_is_looked_up_apart():
+  read = config(rank_pattern={".*proj": 4, "q_proj": 2}, alpha_pattern={"q_proj": 10})
   assert (read.rank(Q1), read.scaling(Q1)) == (4, 2.5)
-  assert config(tmp_path, rank_pattern={"q_proj": 4}, use_rslora=True).scaling(Q1) == 3.0
+  assert config(rank_pattern={"q_proj": 4}, use_rslora=True).scaling(Q1) == 3.0
 
 
 @pytest.mark.parametrize(
@@ -59,6 +58,6 @@ def test_the_first_pattern_in_order_counts_and_alpha_is_looked_up_apart(tmp_path
     (dict(target_modules="all-linear"), True),
   ],
 )
-def test_targets(fields, hit, tmp_path):
+def test_targets(fields, hit):
   place = Place(Q1.replace(".", "/") + "/kernel", None, Q1, "weight", (4, 4))
-  assert config(tmp_path, **fields).targets(place) == hit
+  assert config(**fields).targets(place) == hit

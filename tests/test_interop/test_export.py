@@ -444,7 +444,7 @@ def test_a_crash_leaves_the_old_folder(saved, monkeypatch):
   def fail(*_):
     raise OSError("disk full")
 
-  monkeypatch.setattr("pelt_jax.interop._peft_export.write", fail)
+  monkeypatch.setattr("pelt_jax.interop._peft_files.write", fail)
   with pytest.raises(OSError, match="disk full"):
     peft.export(folder, params, model)
   after = written(folder)

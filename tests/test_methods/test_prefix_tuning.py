@@ -8,7 +8,6 @@ import pytest
 import pelt_jax as pelt
 from pelt_jax import models, nodes, training
 from pelt_jax._node import update_at, walk
-from pelt_jax.models._attention import AttentionCore
 from tests.test_models.helpers import built, close, padded, tokens
 
 LONG = pytest.mark.parity
@@ -124,31 +123,6 @@ def test_two_equal_rows_are_one_of_twice_the_weight():
     summed[path] = twice[path].replace(values=values)
   a, b = (apply({"params": update_at(params, c)}, ids) for c in (twice, summed))
   close(a, b, 2e-6)
-
-
-def test_gating_identity():
-  """Attn(q, [P_k; K], [P_v; V]) = (1 - l) Attn(q, K, V) + l Attn(q, P_k, P_v)."""
-  with jax.enable_x64(True):
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(0, 1, shape))
-    q, k, v = draw(2, 5, 4, 8), draw(2, 5, 4, 8), draw(2, 5, 4, 8)
-    own_k, own_v = draw(3, 4, 8), draw(3, 4, 8)
-    mask = jnp.tril(jnp.ones((5, 5), bool))[None, None]
-
-    core = AttentionCore()
-    wide = lambda x: jnp.broadcast_to(x[None], (2, *x.shape))
-    scores = lambda k: jnp.einsum("bthd,bshd->bhts", q, k) / 8**0.5
-    lse = jax.nn.logsumexp
-    prefix = lse(scores(wide(own_k)), axis=-1)
-    real = lse(jnp.where(mask, scores(k), -jnp.inf), axis=-1)
-    share = jax.nn.sigmoid(prefix - real).transpose(0, 2, 1)[..., None]
-    base = core.apply({}, q, k, v, mask)
-    want = (1 - share) * base + share * core.apply({}, q, wide(own_k), wide(own_v))
-    node = nodes.Prefix(own_k, own_v)
-    run = lambda *args: core.apply({}, *args)
-    call = type("Call", (), {"next": staticmethod(run), "path": "core"})()
-    got = node(call, q, k, v, mask)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-14)
 
 
 @LONG

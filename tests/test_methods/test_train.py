@@ -158,19 +158,19 @@ def test_half_precision_leaves_compute_and_merge_in_their_dtype():
   assert merged["kernel"].dtype == merged["bias"].dtype == jnp.bfloat16
 
 
-def key_bias_gradient(config):
+def key_bias_gradient(config, ids=IDS):
   """The largest gradient of a key's bias, and of a value's, in float64."""
   # Flax's LayerNorm promotes float64 with float32.
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     model = pelt.models.from_config(config, task="classification", num_labels=2, dtype=jnp.float64)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IDS))["params"]
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), ids))["params"]
     flat, tree = jax.tree.flatten(shapes)
     base = jax.tree.unflatten(tree, [values(x.shape, i, x.dtype) for i, x in enumerate(flat)])
-    sites = pelt.sites(model, IDS)
+    sites = pelt.sites(model, ids)
     params = pelt.bitfit(("key", "value")).init(jax.random.key(0), base, sites)
     trainable, frozen = pelt.partition(params)
     apply = pelt.bypass(model.apply)
-    objective = lambda p: jnp.sum(jnp.sin(apply({"params": p}, IDS)))
+    objective = lambda p: jnp.sum(jnp.sin(apply({"params": p}, ids)))
     grads = jax.jit(pelt.value_and_grad(objective))(trainable, frozen)[1]
     sizes = {jax.tree_util.keystr(p): float(jnp.abs(g).max())
              for p, g in jax.tree_util.tree_leaves_with_path(grads)}  # fmt: skip
@@ -184,6 +184,12 @@ def test_key_bias_has_no_gradient_unless_keys_are_rotated():
   assert key < 1e-14 and value > 1e-4
   key, value = key_bias_gradient(LLAMA | {"attention_bias": True})
   assert key > 1e-6 and value > 1e-4
+
+
+@pytest.mark.parity
+def test_a_rotated_keys_bias_has_no_gradient_where_there_is_one_key():
+  key, value = key_bias_gradient(LLAMA | {"attention_bias": True}, IDS[:, :1])
+  assert key < 1e-14 and value > 1e-4
 
 
 def test_bias_gradient_is_the_sum_over_rows_and_tokens():

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import pelt_jax as pelt
 from pelt_jax import models
 from pelt_jax.models import token_losses
+from pelt_jax.models._loss import chunked_losses
 from tests.test_models.helpers import (
   CONFIGS,
   VOCAB,
@@ -187,3 +189,55 @@ def test_labels_have_the_shape_of_the_ids():
   model, params = built("llama", "lm")
   with pytest.raises(ValueError, match=r"shape of input_ids, \(2, 8\): \(2, 7\)"):
     model.apply({"params": params}, tokens(2, 8), labels=tokens(2, 7))
+
+
+class Head(nn.Module):
+  """Hidden states to losses by a head in bfloat16, in chunks or at once."""
+
+  chunk: int | None = None
+
+  def setup(self):
+    self.dense = nn.Dense(VOCAB, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+
+  def __call__(self, x, labels):
+    head = lambda module, x: module.dense(x)
+    if self.chunk is None:
+      return token_losses(head(self, x), labels)
+    return chunked_losses(self, head, x, labels, self.chunk)
+
+
+@pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.parity)])
+def test_cotangents_in_bfloat16(trains):
+  """Any weights of the tokens: gradients in bfloat16, as close as one rounding of them allows."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 7, 16)), jnp.bfloat16)
+  labels = rng.integers(0, VOCAB, (2, 7)).astype(np.int32)
+  labels[0, :2] = -100
+  weights = jnp.asarray(rng.normal(size=(2, 7)) * 10.0 ** rng.integers(-3, 4, (2, 7)), jnp.float32)
+  weights = weights.at[1, 3].set(0.0)
+  params = Head().init(jax.random.key(0), x, labels)["params"]
+
+  def gradient(model, x, params, weights):
+    loss = lambda x, p: jnp.sum(model.apply({"params": p}, x, labels) * weights)
+    return jax.jit(jax.grad(loss, argnums=(0, 1) if trains else 0))(x, params)
+
+  got = gradient(Head(chunk=4), x, params, weights)
+  wide = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+  exact = nn.Dense(VOCAB)
+  loss = lambda x, p: jnp.sum(
+    token_losses(exact.apply({"params": p["dense"]}, x), labels) * weights
+  )
+  want = jax.grad(loss, argnums=(0, 1) if trains else 0)(wide(x), wide(params))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert a.dtype == jnp.bfloat16
+    close(a, b, 2e-2)
+  by_token = got[0] if trains else got
+  np.testing.assert_array_equal(by_token[0, :2], 0)  # ignored
+  np.testing.assert_array_equal(by_token[1, 3], 0)  # weighed zero
+  want = want[0] if trains else want
+  for t in range(7):  # each token by itself: small weights are not lost beside large ones
+    if t != 3:
+      close(by_token[1, t], want[1, t], 4e-2)
+  doubled = gradient(Head(chunk=4), x, params, 4 * weights)  # exact in binary
+  for a, b in zip(jax.tree.leaves(doubled), jax.tree.leaves(got), strict=True):
+    np.testing.assert_array_equal(a, 4 * b)

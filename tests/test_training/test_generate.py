@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax.training import _generate
+from pelt_jax.training._beam import beam_search
 from pelt_jax.training._generate import generate, restrict
 from tests.test_models.helpers import VOCAB, built, padded, tokens
 
@@ -205,3 +208,66 @@ def test_bad_arguments_are_named(model, options, message):
   given = dict(input_ids=np.ones((2, 3), int), max_new_tokens=2) | options
   with pytest.raises(ValueError, match=message):
     generate(model[0].apply, model[1], given.pop("input_ids"), **given)
+
+
+def fits(name, task, length, steps, params=None, mask=None, **options):
+  model, base = built(name, task)
+  ids = tokens(2, length)
+  mask = np.ones_like(ids) if mask is None else mask
+  _generate.check_positions(
+    pelt.bypass(model.apply), base if params is None else params, mask, steps, **options
+  )
+
+
+def test_more_tokens_than_learned_positions_are_refused():
+  """GPT-2 here has 64 positions, BART 30; the last new token is never read."""
+  decoder = dict(start=(), rows=None)
+  fits("gpt2", "lm", 5, 60, **decoder)
+  with pytest.raises(ValueError, match=r"max_new_tokens=61 behind 5 tokens needs 65 positions"):
+    fits("gpt2", "lm", 5, 61, **decoder)
+  padding = np.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])  # takes no position
+  fits("gpt2", "lm", 5, 61, mask=padding, **decoder)
+  fits("llama", "lm", 5, 1000, **decoder)  # rotary: no table
+  answer = dict(start=(5,), rows=None)
+  fits("bart", "seq2seq", 30, 30, **answer)
+  with pytest.raises(ValueError, match="max_new_tokens=31.*at most 30 new tokens fit"):
+    fits("bart", "seq2seq", 30, 31, **answer)
+  with pytest.raises(ValueError, match="sources of 31 tokens are too long"):
+    fits("bart", "seq2seq", 31, 1, **answer)
+  model, base = built("gpt2", "lm")
+  for make in (generate, functools.partial(beam_search, beams=2)):
+    with pytest.raises(ValueError, match="at most 60 new tokens fit"):
+      make(model.apply, base, tokens(1, 5), max_new_tokens=61)
+
+
+def test_a_prefix_takes_positions():
+  model, base = built("gpt2", "lm")
+  sites = pelt.sites(model, tokens(2, 5))
+  short, long, twice = (
+    method.init(jax.random.key(0), base, sites)
+    for method in (
+      pelt.prefix_tuning(4, reparametrize=False),
+      pelt.prefix_tuning(6, reparametrize=False),
+      pelt.chain(*[pelt.prefix_tuning(4, reparametrize=False)] * 2),
+    )
+  )
+  check = lambda params, steps, rows=None: fits("gpt2", "lm", 5, steps, params, start=(), rows=rows)
+  for params, free in ((short, 56), (long, 54), (twice, 52)):
+    check(params, free)
+    with pytest.raises(ValueError, match=f"a prefix takes {60 - free}; at most {free} new"):
+      check(params, free + 1)
+  both = pelt.bank([short, long])
+  check(both, 56, np.array([0, 0]))
+  with pytest.raises(ValueError, match="a prefix takes 6"):
+    check(both, 56, np.array([0, 1]))
+
+
+@pytest.mark.parity
+def test_all_learned_positions_serve():
+  model, base = built("gpt2", "lm")
+  prompt = tokens(1, 5)
+  made = generate(model.apply, base, prompt, max_new_tokens=60).tokens
+  ids = np.concatenate([prompt, made], axis=1)
+  logits = model.apply({"params": base}, ids[:, :64])
+  assert np.isfinite(np.asarray(logits)).all()
+  np.testing.assert_array_equal(made[:, -1], jnp.argmax(logits[:, -1], axis=-1))

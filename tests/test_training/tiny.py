@@ -86,6 +86,57 @@ def save_llama(folder, seed=0):
   return folder
 
 
+T5 = {
+  "model_type": "t5",
+  "vocab_size": 264,
+  "d_model": 16,
+  "d_kv": 8,
+  "d_ff": 24,
+  "num_layers": 2,
+  "num_heads": 2,
+  "is_encoder_decoder": True,
+  "initializer_factor": 0.5,
+}
+BART = {
+  "model_type": "bart",
+  "vocab_size": 264,
+  "d_model": 16,
+  "encoder_layers": 2,
+  "decoder_layers": 2,
+  "encoder_attention_heads": 2,
+  "decoder_attention_heads": 2,
+  "encoder_ffn_dim": 24,
+  "decoder_ffn_dim": 24,
+  "max_position_embeddings": 64,
+  "is_encoder_decoder": True,
+  "init_std": 0.3,
+}
+
+
+def save_seq2seq(folder, config, seed=0):
+  """A Hugging Face folder of a random encoder-decoder over bytes, with its family's special ids."""
+  import tokenizers
+
+  model = models.from_config(config, task="seq2seq")
+  params = model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+  models.save_pretrained(folder, model, params)
+  t5 = config["model_type"] == "t5"
+  specials = ["<pad>", "</s>"] if t5 else ["<s>", "<pad>", "</s>"]
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  ids = {token: i for i, token in enumerate([*specials, *alphabet])}
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  backend.add_special_tokens(specials)
+  backend.post_processor = tokenizers.processors.TemplateProcessing(
+    single="$A </s>" if t5 else "<s> $A </s>", special_tokens=[(s, ids[s]) for s in specials]
+  )
+  backend.save(str(folder / "tokenizer.json"))
+  names = {"eos_token": "</s>", "pad_token": "<pad>"} | ({} if t5 else {"bos_token": "<s>"})
+  (folder / "tokenizer_config.json").write_text(json.dumps(names))
+  return folder
+
+
 def leaves(tree):
   """Arrays on the host."""
   return [np.asarray(x) for x in jax.tree.leaves(tree)]

@@ -1,7 +1,6 @@
 """Reading LoRA folders that PEFT wrote."""
 
 import collections
-import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -10,18 +9,21 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._node import get_at, materialize, strip, update_at
+from pelt_jax._node import get_at, update_at
 from pelt_jax._transform import box_names, like_box
-from pelt_jax.interop._peft_config import Config, complain
-from pelt_jax.interop._peft_export import CONFIG, HEADS, ORDER, PREFIX, TENSORS
-from pelt_jax.interop._places import LINEAR, TABLE, Place, is_tied, places
-from pelt_jax.models._safetensors import Entry, read_header
-from pelt_jax.nodes import Dropout, LoraWeight, Tuned
+from pelt_jax.interop._peft_files import CONFIG, Tensors, complain
+from pelt_jax.interop._peft_lora_config import Config
+from pelt_jax.interop._peft_lora_export import PREFIX
+from pelt_jax.interop._peft_saved import absent, read_leaf, saver, tuned_leaves
+from pelt_jax.interop._places import LINEAR, TABLE, Place, is_copied, is_tied, is_tokens, places
+from pelt_jax.nodes import Dropout, LoraWeight
 
 _FACTOR = re.compile(r"(.+?)((?:\.base_layer)*)\.lora_(embedding_)?([AB])(?:\.weight)?")
 # Copies PEFT writes beside what counts: the frozen table of an adapted one, the biases of a saved
 # module as they were.
 _COPIES = re.compile(r".+\.(base_layer\.weight|original_module\..+|modules_to_save\..+)")
+
+_TIED_HEAD = Place("lm_head/kernel", None, "lm_head", "weight", ())
 
 
 class _Pair(NamedTuple):
@@ -33,58 +35,25 @@ class _Pair(NamedTuple):
   axes: str
 
 
-def load(
-  folder: str | os.PathLike,
+def load_lora(
+  folder: pathlib.Path,
+  raw: dict[str, Any],
   model: Any,
   base: Mapping,
   *,
-  strict: bool = True,
-  parameter_order: Sequence[str] = ORDER,
-  transposed: Mapping[str, bool] | None = None,
+  strict: bool,
+  parameter_order: Sequence[str],
+  transposed: Mapping[str, bool],
 ) -> dict:
-  """Params with the nodes of a PEFT LoRA folder over `base`; they train further.
-
-  Names of modules, ranks, alphas and saved modules follow PEFT's own rules. `modules_to_save` and
-  biases become `Tuned` leaves, `lora_dropout` a node's dropout. The layers of a scanned model are
-  stacked; missing ranks are filled with zeros on both sides, which stay zero in training.
-
-  Args:
-    folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-    model: the module that `base` belongs to.
-    base: plain params, possibly quantized, looped or scanned.
-    strict: raise for unknown fields, and for missing or unexpected tensors, instead of warning.
-    parameter_order: names of raw parameters (`target_parameters`) in the order in which a torch
-      module that has several registers them.
-    transposed: for raw parameters of experts, name -> whether torch's module says
-      `is_transposed` (E, in, out); only needed where shapes do not tell.
-
-  Returns:
-    Params with nodes.
-
-  Raises:
-    FileNotFoundError: if a file is missing.
-    ValueError: for a damaged file; for options that change the function and cannot be read; for
-      tensors that do not fit, each named with the shape expected.
-
-  Example:
-    >>> import tempfile, flax.linen as nn, jax, jax.numpy as jnp, pelt_jax as pelt
-    >>> model, x = nn.Sequential([nn.Dense(3)]), jnp.ones((2, 4))
-    >>> base = model.init(jax.random.key(0), x)["params"]
-    >>> method = pelt.lora(rank=2, alpha=6, targets="kernel")
-    >>> params = method.init(jax.random.key(1), base, pelt.sites(model, x))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   pelt.interop.peft.export(folder, params, model)
-    ...   again = pelt.interop.peft.load(folder, model, base)
-    >>> float(again["layers_0"]["kernel"].scaling)
-    3.0
-  """
-  folder = pathlib.Path(folder)
-  config = Config(folder / CONFIG, strict)
-  reader = _Reader(folder, config, model, base, tuple(parameter_order), dict(transposed or {}))
+  """Params with the nodes of a LoRA folder; see `load`."""
+  config = Config(raw, folder / CONFIG, strict)
+  reader = _Reader(folder, config, model, base, tuple(parameter_order), dict(transposed))
   reader.read()
-  complain(reader.missing, f"{folder / TENSORS} lacks tensors", strict)
-  complain(reader.unexpected, f"{folder / TENSORS} has unexpected tensors", strict)
-  return update_at(base, {**reader.loras(), **reader.tuned()})
+  file = reader.tensors.file
+  complain(reader.missing, f"{file} lacks tensors", strict)
+  complain(reader.unexpected, f"{file} has unexpected tensors", strict)
+  complain(config.idle(reader.adapted), f"{folder / CONFIG}: no adapted module fits", strict)
+  return update_at(base, {**reader.loras(), **tuned_leaves(base, reader.whole)})
 
 
 class _Reader:
@@ -103,17 +72,17 @@ class _Reader:
     self.order, self.transposed = order, transposed
     self.places = places(model, base)
     self.is_tied = is_tied(model, base)
-    self.file = folder / TENSORS
-    self.entries = _entries(self.file)
+    self.tensors = Tensors(folder)
     self.missing: list[str] = []
     self.unexpected: list[str] = []
+    self.adapted: list[str] = []  # what patterns of ranks and alphas are held against
     self.pairs: dict[Place, _Pair] = {}
     self.whole: dict[Place, np.ndarray] = {}
 
   def read(self) -> None:
     factors: dict[str, dict[int, dict[str, str]]] = collections.defaultdict(dict)
     plain: dict[str, str] = {}
-    for key in self.entries:
+    for key in self.tensors.entries:
       name = key.removeprefix(PREFIX)
       if not key.startswith(PREFIX):
         self.unexpected.append(key)
@@ -124,9 +93,6 @@ class _Reader:
         plain[name.replace(".base_layer.", ".")] = key
     self._read_modules(factors)
     self._read_parameters(factors)
-    if self.is_tied and self.config.tied:  # the same numbers again, under the head's name
-      factors.pop("lm_head", None)
-      plain.pop("lm_head.weight", None)
     self._read_whole(plain)
     left = [
       key for depths in factors.values() for sides in depths.values() for key in sides.values()
@@ -141,42 +107,57 @@ class _Reader:
       if place.leaf not in (LINEAR, TABLE) or not self.config.targets(place):
         continue
       hits += 1
-      if place.leaf == TABLE and self.is_tied and not self.config.tied:
+      if is_copied(self.model, place):
         raise ValueError(
-          f"{self.file}: {place.module} is adapted for lookups alone, but in this model the head "
-          "reads the same table; make the adapter with ensure_weight_tying=True"
+          f"{self.tensors.file}: {place.module} is adapted, which torch's encoder and decoder read "
+          "under names of their own; here it is one table"
         )
-      pair = self._pair(place, factors.get(place.module, {}).pop(0, {}), place.shape)
+      keys = factors.get(place.module, {}).pop(0, {})
+      if self.is_tied and is_tokens(self.model, place):
+        self._check_pair_of_head(place, keys, factors.pop("lm_head", {}).get(0, {}))
+      pair = self._pair(place, keys, place.shape)
       if pair is not None:
-        self.pairs[place] = _Pair(pair[0].T, pair[1].T, self._scaling(place.module), "io:ir,ro")
+        self.pairs[place] = _Pair(
+          pair[0].T, pair[1].T, self.config.scaling(place.module), "io:ir,ro"
+        )
     if targets and not hits:
       raise ValueError(f"target_modules={targets!r} names no module of {type(self.model).__name__}")
 
-  def _scaling(self, name: str) -> float:
-    return self.config.scaling(name)
+  def _check_pair_of_head(self, place: Place, table: dict[str, str], head: dict[str, str]) -> None:
+    """Here the head reads the table itself, so its change in the file must be the table's."""
+    self.adapted.append("lm_head")
+    there = self.config.targets(_TIED_HEAD) and set(table) == set(head) == {"A", "B"}
+    same = there and all(self._equal(head[a], table[b], True) for a, b in ("AB", "BA"))
+    if self.config.scaling("lm_head") != self.config.scaling(place.module):
+      same = False
+    elif self.config.tied:
+      same = True
+    self._check_head(place, same)
+
+  def _check_head(self, place: Place, same: bool) -> None:
+    if not same:
+      raise ValueError(
+        f"{self.tensors.file}: {place.module} is changed for lookups alone, but in this model the "
+        "head reads the same table; make the adapter with ensure_weight_tying=True"
+      )
+
+  def _equal(self, one: str, other: str, transposed: bool = False) -> bool:
+    a, b = (np.asarray(self.tensors.entries[k].read()) for k in (one, other))
+    return np.array_equal(a.T if transposed else a, b)
 
   def _pair(self, place: Place, keys: dict[str, str], shape: tuple[int, ...], times: int = 1):
     """A and B as stored, after their shapes were checked; None if they are missing."""
     table = place.leaf == TABLE
     name = place.module if place.leaf in (LINEAR, TABLE) else place.tensor
+    self.adapted.append(name)
     ends = ("lora_embedding_A", "lora_embedding_B") if table else ("lora_A.weight", "lora_B.weight")
-    absent = [
-      f"{PREFIX}{place.module}.{e}" for e, s in zip(ends, "AB", strict=True) if s not in keys
-    ]
-    if absent:
-      self.missing += absent
+    gone = [f"{PREFIX}{place.module}.{e}" for e, s in zip(ends, "AB", strict=True) if s not in keys]
+    if gone:
+      self.missing += gone
       return None
     rank = self.config.rank(name) * times
     expected = {"A": (rank, shape[0]), "B": (shape[1], rank)}
-    return tuple(self._read(keys[s], expected[s]) for s in "AB")
-
-  def _read(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    if self.entries[key].shape != shape:
-      raise ValueError(
-        f"{self.file}: {key} has shape {self.entries[key].shape}, expected {shape} by the base "
-        "model and the ranks of the configuration"
-      )
-    return np.asarray(self.entries[key].read())
+    return tuple(self.tensors.read(keys[s], expected[s]) for s in "AB")
 
   def _read_parameters(self, factors: dict) -> None:
     beside = collections.defaultdict(list)
@@ -205,7 +186,7 @@ class _Reader:
     if pair is None:
       return
     a, b = pair
-    scaling = self._scaling(place.tensor)
+    scaling = self.config.scaling(place.tensor)
     if len(place.shape) == 2:
       self.pairs[place] = _Pair(a.T, b.T, scaling, "oi:ir,ro")
       return
@@ -224,14 +205,14 @@ class _Reader:
         f"{place.tensor} of shape {place.shape}: shapes do not tell whether torch's module says "
         f"is_transposed; pass transposed={{{place.name!r}: True or False}}"
       )
-    return "A" in keys and self.entries[keys["A"]].shape[1] == one
+    return "A" in keys and self.tensors.entries[keys["A"]].shape[1] == one
 
   def _read_whole(self, plain: dict[str, str]) -> None:
     """Trained leaves: saved modules, and biases."""
     used = set()
     adapted = {p.module for p in self.pairs}
     for place in self.places.values():
-      entry = self.config.saves(place.module)
+      entry = saver(self.config.modules_to_save, place.module)
       mode = self.config.bias
       bias = place.name == "bias" and (
         mode == "all" or (mode == "lora_only" and place.module in adapted)
@@ -243,11 +224,14 @@ class _Reader:
       if key is None:
         self.missing.append(PREFIX + place.tensor)
         continue
-      value = self._read(key, place.shape[::-1] if place.leaf == LINEAR else place.shape)
-      self.whole[place] = value.T if place.leaf == LINEAR else value
-    # PEFT lists both names of classification heads, of which a model has one.
-    absent = set(self.config.modules_to_save) - used - set(HEADS)
-    self.missing += [f"modules_to_save: no module {name!r} in the base" for name in sorted(absent)]
+      if self.is_tied and is_tokens(self.model, place):
+        head = plain.pop("lm_head.weight", None)
+        named = saver(self.config.modules_to_save, "lm_head") is not None
+        same = named and head is not None and self._equal(head, key)
+        self._check_head(place, same or self.config.tied)
+        used.add("lm_head")
+      self.whole[place] = read_leaf(self.tensors, key, place)
+    self.missing += absent(self.config.modules_to_save, used)
 
   def loras(self) -> dict[str, LoraWeight]:
     """The LoRA nodes, by path."""
@@ -279,32 +263,6 @@ class _Reader:
       leaf, boxed_a, boxed_b, jnp.asarray(scaling, wide), dropout, axes=axes, stacked=len(lead)
     )
 
-  def tuned(self) -> dict[str, Tuned]:
-    """The trained leaves, by path; layers of a scan that the file lacks keep the base's values."""
-    by_path: dict[str, dict[int | None, np.ndarray]] = collections.defaultdict(dict)
-    for place, value in self.whole.items():
-      by_path[place.path][place.layer] = value
-    nodes = {}
-    for path, layers in by_path.items():
-      leaf = get_at(self.base, path)
-      below = strip(materialize(leaf))
-      if None in layers:
-        value = layers[None]
-      else:
-        rows = {None: np.asarray(below)} if len(layers) < below.shape[0] else {}
-        value = np.stack(
-          [layers[i] if i in layers else rows[None][i] for i in range(below.shape[0])]
-        )
-      value = jnp.asarray(value, below.dtype)
-      nodes[path] = Tuned(
-        like_box(leaf, value, box_names(leaf, value.ndim)), stacked=self._lead(layers)
-      )
-    return nodes
-
-  @staticmethod
-  def _lead(layers: dict[int | None, np.ndarray]) -> int:
-    return 0 if None in layers else 1
-
 
 def _stacked(pairs: dict, length: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
   """One array for all layers, zeros where a layer has a lower rank or no pair at all."""
@@ -318,10 +276,3 @@ def _stacked(pairs: dict, length: int) -> tuple[np.ndarray, np.ndarray, list[flo
     b[i, ..., : pair.b.shape[-2], :] = pair.b
     scaling[i] = pair.scaling
   return a, b, scaling
-
-
-def _entries(file: pathlib.Path) -> dict[str, Entry]:
-  if not file.is_file():
-    other = [p.name for p in file.parent.glob("adapter_model*")]
-    raise FileNotFoundError(f"{file} is missing (found: {other}); only safetensors are read")
-  return read_header(file)

@@ -1,93 +1,44 @@
 """Writing LoRA folders that `peft.PeftModel.from_pretrained` loads."""
 
 import collections
-import json
-import os
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pelt_jax._node import GENERATORS, Node, Weight, materialize, walk
-from pelt_jax.interop._factors import Factors, all_factors, combined, plain
-from pelt_jax.interop._places import LINEAR, TABLE, Place, is_tied, places, task_type
-from pelt_jax.models._safetensors import write
-from pelt_jax.nodes import Guard, Tuned
+from pelt_jax._node import Node, Weight, walk
+from pelt_jax.interop._factors import Factors, all_factors, combined
+from pelt_jax.interop._peft_saved import (
+  heads,
+  inside,
+  modules_to_save,
+  stored,
+  torch_array,
+  unguarded,
+)
+from pelt_jax.interop._places import (
+  LINEAR,
+  TABLE,
+  Place,
+  is_copied,
+  is_tied,
+  is_tokens,
+  places,
+  task_type,
+)
+from pelt_jax.nodes import Tuned
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-HEADS = ("classifier", "score")  # PEFT saves these by itself for SEQ_CLS and TOKEN_CLS
 ORDER = ("gate_up_proj", "down_proj")
 
 
-def export(
-  folder: str | os.PathLike,
-  params: Mapping,
-  model: Any,
-  *,
-  base_model_name: str | None = None,
-  parameter_order: Sequence[str] = ORDER,
-) -> None:
-  """Writes the low-rank changes and trained leaves in params as a PEFT LoRA adapter.
-
-  The file computes what params compute. Scaling is what a node stores, so `lora_alpha` is
-  scaling * rank with `use_rslora` false, also for what was made with rsLoRA. Unequal ranks and
-  alphas go to `rank_pattern` and `alpha_pattern`, under the full path of the module. Dtypes are
-  kept. In particular:
-
-  - Scanned layers are written one by one, without components that are zero on both sides.
-  - Two LoRAs on one leaf become one of the sum of their ranks.
-  - LoRAs on parts of a fused projection become one of rank g * r, in block form. PEFT trains
-    the zeros too.
-  - `Tuned` modules become `modules_to_save`; so does the head of a classifier, trained or not,
-    since its base may lack it. `Tuned` biases elsewhere become `bias="lora_only"` or `"all"`.
-  - Adapted or trained tables with tied heads are marked `ensure_weight_tying`.
-  - Leaves that are neither kernels nor tables become `target_parameters`. A torch module that
-    contracts the first axis of its experts (E, in, out) has `is_transposed = True`.
-
-  Both files are written under temporary names, then renamed.
-
-  Args:
-    folder: made if absent.
-    params: params with nodes, looped or scanned.
-    model: the module they belong to.
-    base_model_name: folder or hub id of the base model, for `base_model_name_or_path`.
-    parameter_order: names of raw parameters in the order in which a torch module that has several
-      registers them; the first one lies innermost in the file.
-
-  Raises:
-    ValueError: listing every path that a LoRA folder cannot hold and why, before anything is
-      written.
-
-  Example:
-    >>> import json, tempfile, pathlib, flax.linen as nn, jax, jax.numpy as jnp
-    >>> import pelt_jax as pelt
-    >>> model, x = nn.Sequential([nn.Dense(3)]), jnp.ones((2, 4))
-    >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> method = pelt.lora(rank=2, alpha=6, targets="kernel")
-    >>> params = method.init(jax.random.key(1), params, pelt.sites(model, x))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...   pelt.interop.peft.export(folder, params, model)
-    ...   config = json.loads((pathlib.Path(folder) / "adapter_config.json").read_text())
-    >>> config["target_modules"], config["r"], config["lora_alpha"]
-    (['layers_0'], 2, 6)
-  """
+def lora_files(
+  params: Mapping, model: Any, base_model_name: str | None, parameter_order: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Configuration and tensors of a LoRA folder; see `export`."""
   plan = _Plan(model, params, tuple(parameter_order))
-  config, tensors = plan.config(base_model_name), plan.tensors
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  temporary = {name: folder / f".{name}.{os.getpid()}.new" for name in (TENSORS, CONFIG)}
-  try:
-    shapes = {name: (value.shape, value.dtype) for name, value in tensors.items()}
-    write(temporary[TENSORS], shapes, tensors.__getitem__, {"format": "pt"})
-    temporary[CONFIG].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for name, path in temporary.items():
-      os.replace(path, folder / name)
-  finally:
-    for path in temporary.values():
-      path.unlink(missing_ok=True)
+  return plan.config(base_model_name), plan.tensors
 
 
 class _Plan:
@@ -104,9 +55,11 @@ class _Plan:
     self.head = self._head()
     self.saved = self._saved_modules()
     self.bias = self._bias()
-    self.tied = is_tied(model, params) and (
-      any(p.leaf == TABLE for p in self.loras) or any(p.leaf == TABLE for p in self.tuned)
-    )
+    tables = [p for p in (*self.loras, *self.tuned) if is_tokens(model, p)]
+    self.tied = is_tied(model, params) and bool(tables)
+    for place in tables:
+      if is_copied(model, place):
+        self.problems.append(f"{place.path}: torch holds this table under several names")
     self.dropout = self._dropout()
     self.nesting = self._nesting(order)
     if not self.loras and not self.problems:
@@ -122,15 +75,11 @@ class _Plan:
     for place in self.places.values():
       by_path[place.path].append(place)
     for path, value in walk(self.params):
-      if path.split("/")[0] == GENERATORS:
-        self.problems.append(f"{path}: a generator; run pelt.fold first")
-        continue
       if isinstance(value, Node) and not isinstance(value, Weight):
         self.problems.append(f"{path}: a {type(value).__name__} wraps a module's call")
         continue
-      while isinstance(value, Guard):
-        value = value.base
-      self.leaves[path] = plain(value.value) if isinstance(value, Tuned) else plain(value)
+      self.leaves[path] = stored(value)
+      value = unguarded(value)
       if isinstance(value, Tuned):
         self.tuned.update(by_path[path])
       elif isinstance(value, Weight):
@@ -157,32 +106,17 @@ class _Plan:
 
   def _head(self) -> tuple[str, ...]:
     """The head's module if PEFT saves it by itself, nothing if a LoRA lives there."""
-    if task_type(self.model) not in ("SEQ_CLS", "TOKEN_CLS"):
-      return ()
-    heads = tuple(h for h in HEADS if any(_inside(p.module, h) for p in self.places.values()))
-    taken = any(_inside(p.module, h) for p in self.loras for h in heads)
-    return () if taken else heads
+    found = heads(self.model, self.places.values())
+    taken = any(inside(p.module, h) for p in self.loras for h in found)
+    return () if taken else found
 
   def _saved_modules(self) -> list[str]:
     """Modules saved whole: the head, and those with a trained leaf other than a loose bias."""
     adapted = {p.module for p in self.loras}
     whole = {p.module for p in self.tuned if p.name != "bias"}
-    found = set(self.head)
-    for module in sorted(whole):
-      if any(_inside(module, h) for h in self.head):
-        continue
-      below = [m for m in (p.module for p in self.places.values()) if _inside(m, module)]
-      if module in adapted or any(m != module for m in below) or not module:
-        self.problems.append(
-          f"{module or 'the root'}: trained leaves beside adapted or other modules inside it"
-        )
-      else:
-        found.add(module)
-    names = {p.module for p in self.places.values()}
-    for module in sorted(found):  # PEFT looks for any module whose name ends so
-      if clash := [n for n in names if n.endswith(module) and not _inside(n, module)]:
-        self.problems.append(f"{module}: as a module to save PEFT would also take {clash[0]}")
-    return sorted(found)
+    found, problems = modules_to_save(self.places.values(), whole, adapted, self.head)
+    self.problems += problems
+    return found
 
   def _bias(self) -> str:
     loose = {p.module for p in self.tuned if p.name == "bias" and not self._is_saved(p)}
@@ -194,7 +128,7 @@ class _Plan:
     return "lora_only" if loose <= {p.module for p in self.loras} else "all"
 
   def _is_saved(self, place: Place) -> bool:
-    return any(_inside(place.module, m) for m in self.saved)
+    return any(inside(place.module, m) for m in self.saved)
 
   def _dropout(self) -> float:
     # PEFT applies none on tables, and neither do we: they say nothing about the rate.
@@ -231,7 +165,7 @@ class _Plan:
       a, b = _torch_pair(place, f)
       if place.leaf == TABLE:
         out[f"{at}lora_embedding_A"], out[f"{at}lora_embedding_B"] = a, b
-        if self.tied:
+        if self.tied and is_tokens(self.model, place):
           out[f"{PREFIX}lm_head.lora_A.weight"] = b.T
           out[f"{PREFIX}lm_head.lora_B.weight"] = a.T
       else:
@@ -240,7 +174,7 @@ class _Plan:
     for place in self.places.values():
       if self._is_saved(place):
         out[PREFIX + place.tensor] = value = self._leaf(place)
-        if self.tied and place.leaf == TABLE:
+        if self.tied and is_tokens(self.model, place):
           out[f"{PREFIX}lm_head.weight"] = value
       elif place.name == "bias" and self.bias != "none":
         if place.module in adapted:
@@ -250,15 +184,20 @@ class _Plan:
     return out
 
   def _leaf(self, place: Place) -> np.ndarray:
-    value = materialize(self.leaves[place.path])
-    value = np.asarray(value if place.layer is None else value[place.layer])
-    return value.T if place.leaf == LINEAR else value
+    return torch_array(self.leaves[place.path], place)
 
   def config(self, base_model_name: str | None) -> dict[str, Any]:
     modules = {p.module: p for p in self.loras if p.leaf in (LINEAR, TABLE)}
     parameters = {p.tensor: p for p in self.loras if p.leaf not in (LINEAR, TABLE)}
     everything = {p.module for p in self.places.values()}
     full = {**modules, **parameters}
+    targets, saved = _names(set(modules), everything, self.saved), list(self.saved)
+    tables = [p for p in modules.values() if self.tied and is_tokens(self.model, p)]
+    if tables:
+      full["lm_head"] = tables[0]
+    ensure = self.tied and any(m.endswith("embed_tokens") for m in everything)
+    if self.tied and not ensure:  # PEFT ties tables of no other name: the head is one module more
+      (targets if tables else saved).append("lm_head")
     ranks = {name: self.loras[p].rank for name, p in full.items()}
     alphas = {name: _alpha(self.loras[p]) for name, p in full.items()}
     rank, alpha = (collections.Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
@@ -277,14 +216,15 @@ class _Plan:
       "alpha_pattern": {key(n): a for n, a in sorted(alphas.items()) if a != alpha},
       "lora_dropout": self.dropout,
       "bias": self.bias,
-      "target_modules": _names(set(modules), everything, self.saved),
+      "target_modules": sorted(targets),
       "target_parameters": sorted(parameters) or None,
-      "modules_to_save": self.saved or None,
+      "modules_to_save": sorted(saved) or None,
       "init_lora_weights": True,
       "use_rslora": False,
       "use_dora": False,
-      "fan_in_fan_out": False,
-      **({"ensure_weight_tying": True} if self.tied else {}),
+      # GPT-2's Conv1D; PEFT sets it right again where a Linear is adapted beside one.
+      "fan_in_fan_out": any(p.leaf == LINEAR and not p.transposed for p in modules.values()),
+      **({"ensure_weight_tying": True} if ensure else {}),
     }
 
 
@@ -302,14 +242,10 @@ def _names(wanted: set[str], everything: set[str], saved: list[str]) -> list[str
   """Last components if they name exactly these modules, else full paths."""
   short = {m.rpartition(".")[2] for m in wanted}
   hit = {
-    m for m in everything if m.rpartition(".")[2] in short and not any(_inside(m, s) for s in saved)
+    m for m in everything if m.rpartition(".")[2] in short and not any(inside(m, s) for s in saved)
   }
   # "dense" may also name modules that only torch's side has, such as an unused pooler.
   return sorted(short if hit == wanted and "dense" not in short else wanted)
-
-
-def _inside(module: str, parent: str) -> bool:
-  return module == parent or module.startswith(f"{parent}.")
 
 
 def _alpha(f: Factors) -> float | int:

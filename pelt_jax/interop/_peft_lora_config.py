@@ -1,12 +1,11 @@
-"""PEFT's configuration: which options can be read, and its rules for naming modules."""
+"""LoRA's configuration: which options can be read, and PEFT's rules for naming modules."""
 
-import json
 import pathlib
 import re
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from pelt_jax.interop._peft_files import COMMON, complain
 from pelt_jax.interop._places import LINEAR, Place
 
 # Options that change the function. None of them is ignored: a file that sets one is refused.
@@ -26,14 +25,7 @@ _REFUSED = {
 }
 # Initialisations that leave the base as it is; any other string changes it when PEFT loads.
 _PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal")
-_KNOWN = {
-  "peft_type",
-  "task_type",
-  "auto_mapping",
-  "base_model_name_or_path",
-  "revision",
-  "inference_mode",
-  "peft_version",
+_KNOWN = COMMON | {
   "r",
   "lora_alpha",
   "lora_dropout",
@@ -47,7 +39,7 @@ _KNOWN = {
   "alpha_pattern",
   "modules_to_save",
   "bias",
-  "fan_in_fan_out",  # says nothing reliable: orientation is the base module's
+  "fan_in_fan_out",  # nothing to read from it: orientation is the base module's
   "init_lora_weights",
   "ensure_weight_tying",
   "megatron_core",
@@ -57,32 +49,22 @@ _KNOWN = {
   "corda_config",
   "lora_ga_config",
   "qalora_group_size",
-  "runtime_config",
 }
 
 
 class Config:
-  """The fields of an `adapter_config.json`, checked.
+  """The fields of an `adapter_config.json` of peft_type LORA, checked.
 
   Args:
-    file: the JSON file.
+    raw: the fields.
+    file: where they are from, for messages.
     strict: raise for unknown fields instead of warning.
 
   Raises:
-    FileNotFoundError: if the file is missing.
-    ValueError: if it is damaged, of another method, or sets what cannot be read.
+    ValueError: if they set what cannot be read.
   """
 
-  def __init__(self, file: pathlib.Path, strict: bool):
-    if not file.is_file():
-      raise FileNotFoundError(f"no PEFT adapter in {file.parent}: {file.name} is missing")
-    try:
-      raw = json.loads(file.read_text(encoding="utf-8"))
-      kind = raw["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{file} is damaged: {error!r}") from error
-    if kind != "LORA":
-      raise ValueError(f"{file} is of peft_type {kind!r}; only 'LORA' can be read")
+  def __init__(self, raw: dict[str, Any], file: pathlib.Path, strict: bool):
     problems = [f"{k}={raw[k]!r}: {why}" for k, why in _REFUSED.items() if raw.get(k)]
     init = str(raw.get("init_lora_weights", True)).lower()
     if init not in _PLAIN_INITS:
@@ -103,12 +85,6 @@ class Config:
     self.modules_to_save: list[str] = list(raw.get("modules_to_save") or ())
     self.target_parameters: list[str] = list(raw.get("target_parameters") or ())
     self.task: str | None = raw.get("task_type")
-
-  def saves(self, module: str) -> str | None:
-    """The entry of `modules_to_save` that saves a module, or one that contains it."""
-    parts = module.split(".")
-    parents = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return next((e for e in self.modules_to_save if any(p.endswith(e) for p in parents)), None)
 
   def targets(self, place: Place) -> bool:
     """Whether a module with a weight carries a LoRA."""
@@ -151,9 +127,23 @@ class Config:
 
   def _of(self, patterns: str, name: str, default: Any) -> Any:
     for key, value in (self.raw.get(patterns) or {}).items():
-      if re.match(rf"(.*\.)?({key})$", name):
+      if _fits(key, name):
         return value
     return default
+
+  def idle(self, names: Iterable[str]) -> list[str]:
+    """The patterns of ranks and alphas that fit none of the adapted modules."""
+    names = list(names)
+    return [
+      f"{patterns}: {key!r}"
+      for patterns in ("rank_pattern", "alpha_pattern")
+      for key in self.raw.get(patterns) or {}
+      if not any(_fits(key, name) for name in names)
+    ]
+
+
+def _fits(pattern: str, name: str) -> bool:
+  return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _listed(patterns: str | Iterable[str], name: str) -> bool:
@@ -161,14 +151,3 @@ def _listed(patterns: str | Iterable[str], name: str) -> bool:
   if isinstance(patterns, str):
     return re.fullmatch(patterns, name) is not None
   return any(name == p or name.endswith(f".{p}") for p in patterns)
-
-
-def complain(items: Iterable[str], what: str, strict: bool) -> None:
-  """Raises, or warns where the caller asked for leniency."""
-  items = list(items)
-  if not items:
-    return
-  shown = "\n  ".join(items[:20]) + (f"\n  and {len(items) - 20} more" if len(items) > 20 else "")
-  if strict:
-    raise ValueError(f"{what} (strict=False passes over it):\n  {shown}")
-  warnings.warn(f"{what}:\n  {shown}", stacklevel=4)
