@@ -36,6 +36,7 @@ RATES = {
   "bitfit": {"classification": 2e-3, "tagging": 2e-3, "lm": 1e-3, "seq2seq": 1e-3},
   "lora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "prompt_tuning": {"classification": 3e-2, "tagging": 3e-2, "lm": 1e-2, "seq2seq": 3e-2},
+  "p_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 1e-3, "seq2seq": 1e-3},
   "prefix_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "p_tuning_v2": {"classification": 7e-3, "tagging": 1e-2, "lm": 5e-3, "seq2seq": 5e-3},
 }
@@ -205,6 +206,10 @@ def main(argv: list[str] | None = None) -> dict:
     [warmup],
   )
   tx = optax.inject_hyperparams(optax.adamw)(learning_rate=rate, weight_decay=DECAY)
+  if "backbone" in jax.tree.leaves(pelt.labels(params)):  # trained jointly, at its own rate
+    slower = optax.scale(RATES["full"][args.task] / args.lr)
+    groups = {"trainable": optax.identity(), "backbone": slower}
+    tx = optax.chain(tx, optax.multi_transform(groups, pelt.labels))
   loss = training.LOSSES[args.task]
   train = training.train_step(apply, loss, tx, method, clip=CLIP, accumulate=args.accumulate)
   if chief and args.overwrite:  # not before everything was found to be in order
@@ -347,9 +352,12 @@ def build_method(args: argparse.Namespace) -> pelt.Transform:
   if args.method not in known:
     raise ValueError(f"--method {args.method}: unknown; known are {', '.join(known)}")
   factory = getattr(pelt, args.method)
-  method = factory(**typed_options(args.method, factory, args.set))
+  options = typed_options(args.method, factory, args.set)
+  method = factory(**options)
   if args.task not in WRITE and args.method != "full":
-    method = pelt.chain(method, pelt.train("head"))
+    parts = [method, pelt.train("head")]
+    # Trained jointly, the backbone is all that nothing else claimed before.
+    method = pelt.chain(*(parts[::-1] if options.get("tune_backbone") else parts))
   return method
 
 

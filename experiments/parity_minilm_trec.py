@@ -63,6 +63,7 @@ def batches(folder: pathlib.Path, file: pathlib.Path, steps: int, size: int, len
 METHODS = {
   "lora": pelt.lora(rank=8, alpha=16, targets=("query", "value")),
   "prompt_tuning": pelt.prompt_tuning(ROWS),
+  "p_tuning": pelt.p_tuning(ROWS, variant="peft", hidden=128),
   "prefix_tuning": pelt.prefix_tuning(ROWS, hidden=128),
   "p_tuning_v2": pelt.p_tuning_v2(ROWS, dropout=0.0),
 }
@@ -92,6 +93,8 @@ def tensors(name: str, params: dict) -> dict:
     pairs = [x.reshape(ROWS, -1) for p in layers for x in (found[p].keys, found[p].values)]
     return {f"{encoder}.embedding.weight": jnp.concatenate(pairs, axis=1)}
   (made,) = params["generators"].values()
+  if name == "p_tuning":
+    return {f"{encoder}.{path}": array for path, array in p_tuning_tensors(made).items()}
   return {
     f"{encoder}.embedding.weight": made.embedding,
     f"{encoder}.transform.0.weight": made.w1.T,
@@ -99,6 +102,20 @@ def tensors(name: str, params: dict) -> dict:
     f"{encoder}.transform.2.weight": made.w2.T,
     f"{encoder}.transform.2.bias": made.b2,
   }
+
+
+def p_tuning_tensors(made: pelt.nodes.PromptEncoder) -> dict:
+  """The same of a prompt encoder, by what torch calls its parts."""
+  found = {"embedding.weight": made.embedding}
+  for suffix, cells in (("", made.forward), ("_reverse", made.backward)):
+    for i, cell in enumerate(cells):
+      for way in ("ih", "hh"):
+        found[f"lstm_head.weight_{way}_l{i}{suffix}"] = getattr(cell, f"w_{way}").T
+        found[f"lstm_head.bias_{way}_l{i}{suffix}"] = getattr(cell, f"b_{way}")
+  for i, affine in enumerate(made.mlp):
+    found[f"mlp_head.{2 * i}.weight"] = affine.kernel.T
+    found[f"mlp_head.{2 * i}.bias"] = affine.bias
+  return found
 
 
 def placed(params: dict, data: list) -> list:
@@ -157,6 +174,9 @@ def torch_model(name: str, base_folder: pathlib.Path, model, params: dict, dtype
   options = {"task_type": "SEQ_CLS", "num_virtual_tokens": ROWS}
   if name == "prompt_tuning":
     config = peft.PromptTuningConfig(**options)
+  elif name == "p_tuning":
+    lstm = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 128}
+    config = peft.PromptEncoderConfig(**lstm, **options)
   else:
     projection = {"prefix_projection": name == "prefix_tuning", "encoder_hidden_size": 128}
     config = peft.PrefixTuningConfig(**projection, **options)

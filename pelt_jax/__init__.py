@@ -29,6 +29,7 @@ from pelt_jax._tree import shardings as shardings
 from pelt_jax._tree import value_and_grad as value_and_grad
 from pelt_jax.methods._bitfit import bitfit as bitfit
 from pelt_jax.methods._lora import lora as lora
+from pelt_jax.methods._p_tuning import p_tuning as p_tuning
 from pelt_jax.methods._prefix_tuning import p_tuning_v2 as p_tuning_v2
 from pelt_jax.methods._prefix_tuning import prefix_from as prefix_from
 from pelt_jax.methods._prefix_tuning import prefix_tuning as prefix_tuning

@@ -1,26 +1,29 @@
 """Prompt tuning: virtual tokens in front of the input (arXiv:2104.08691)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._node import Weight, every_node, strip, table_rows, update_at
+from pelt_jax._node import GENERATORS, Weight, every_node, strip, table_rows, update_at
 from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, check_whole, like_box, over, require, site_key
+from pelt_jax._tree import fold
 from pelt_jax.methods._lora import _numbers
 from pelt_jax.nodes import ExtendedEmbedding
 
+Init = str | jax.Array | np.ndarray
+Tokens = Sequence[int] | Sequence[Sequence[int]]
 INITS = ("uniform", "uniform_positive", "normal", "vocabulary", "text", "labels")
 
 
 def prompt_tuning(
   length: int = 20,
   *,
-  init: str = "vocabulary",
-  tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
+  init: Init = "vocabulary",
+  tokens: Tokens | None = None,
   vocabulary: int = 5000,
   targets: Targets = "embedding",
   dtype: Any = None,
@@ -39,7 +42,8 @@ def prompt_tuning(
       released code draws; `"normal"`: N(0, 1), as PEFT; `"vocabulary"`: rows of the table, drawn
       without replacement from the first `vocabulary`; `"text"`: the rows of `tokens`, from the
       start again where they are fewer than P; `"labels"`: one row per class, the mean over its
-      tokens, the remaining ones as `"vocabulary"`.
+      tokens, the remaining ones as `"vocabulary"`; or an array (P, d), such as the prompt trained
+      for another task.
     tokens: ids of a text (`"text"`), or per class its ids (`"labels"`).
     vocabulary: how many rows of the table, the most frequent in most vocabularies, to draw from.
     targets: the role or path of the token table.
@@ -51,7 +55,8 @@ def prompt_tuning(
 
   Raises:
     ValueError: for a bad option; at init, if the target is not one table that looks up tokens, if
-      it holds a prompt already, or if `tokens` are more than P or not in the table.
+      it holds a prompt already, if `tokens` are more than P or not in the table, or an array `init`
+      has another width.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, pelt_jax as pelt
@@ -64,37 +69,15 @@ def prompt_tuning(
     >>> pelt.bypass(model.apply)({"params": params}, jnp.array([[7, 8, 9, 1]])).shape
     (1, 4, 4)
   """
-  check_whole(length=length)
-  if init not in INITS:
-    raise ValueError(f"init must be one of {INITS}, got {init!r}")
-  if (tokens is not None) != (init in ("text", "labels")):
-    raise ValueError(f"tokens go with init='text' or init='labels': init={init!r}, {tokens=}")
-  if vocabulary < 1:
-    raise ValueError(f"vocabulary must be at least 1, got {vocabulary!r}")
-  groups = None if tokens is None else _groups(tokens, init)
-  if groups is not None and len(groups) > length:
-    raise ValueError(
-      f"tokens: {len(groups)} {'classes' if init == 'labels' else 'tokens'} do not fit a prompt of "
-      f"length={length}; raise length to {len(groups)}"
-    )
+  draw = start_of(length, init, tokens, vocabulary)
+
+  def extended(table: Any, key: jax.Array) -> ExtendedEmbedding:
+    prompt = draw(key, table, _numbers(table, dtype)[0])
+    return ExtendedEmbedding(table, like_box(table, prompt, (None, None)), group=group)
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
     site = token_table(sites, targets, "prompt_tuning")
-    leaf = require(params, site)
-    if any(isinstance(n, ExtendedEmbedding) for n in every_node(leaf)):
-      raise ValueError(f"prompt_tuning: {site.path!r} holds a prompt already; use pelt.bank")
-    drawn = site_key(key, site.path, leaf)
-    return update_at(params, {site.path: over(leaf, lambda table: extended(table, drawn))})
-
-  def extended(table: Any, key: jax.Array) -> ExtendedEmbedding:
-    rows, width = table.shape if isinstance(table, Weight) else strip(table).shape
-    wanted, _ = _numbers(table, dtype)
-    outside = [i for g in groups or () for i in g if not 0 <= i < rows]
-    if outside:
-      raise ValueError(f"tokens: {outside[:5]} are no ids of a table with {rows} rows")
-    prompt = _drawn(key, table, groups, length, width, init, min(vocabulary, rows), wanted)
-    names = (None, None)
-    return ExtendedEmbedding(table, like_box(table, prompt, names), group=group)
+    return place_prompt("prompt_tuning", key, params, site, extended)
 
   return Transform(initialize)
 
@@ -110,6 +93,8 @@ def virtual_tokens(params: dict) -> range:
     >>> pelt.virtual_tokens({"embedding": jnp.zeros((7, 4))})
     range(0, 0)
   """
+  if GENERATORS in params:
+    params = jax.eval_shape(fold, params)
   found = {
     range(n.shape[-2], n.shape[-2] + n.array("prompt").shape[-2])
     for n in every_node(params)
@@ -133,6 +118,81 @@ def token_table(sites: tuple[Site, ...], targets: Targets, method: str) -> Site:
       f"{[s.path for s in found] or 'none'}. Give its path as targets"
     )
   return found[0]
+
+
+def place_prompt(
+  method: str,
+  key: jax.Array,
+  params: dict,
+  site: Site,
+  make: Callable[[Any, jax.Array], ExtendedEmbedding],
+) -> dict:
+  """Params with `make(table, key)` in place of the table.
+
+  Raises:
+    ValueError: if the table holds a prompt already.
+  """
+  leaf = require(params, site)
+  if any(isinstance(n, ExtendedEmbedding) for n in every_node(leaf)):
+    raise ValueError(f"{method}: {site.path!r} holds a prompt already; use pelt.bank")
+  drawn = site_key(key, site.path, leaf)
+  return update_at(params, {site.path: over(leaf, lambda table: make(table, drawn))})
+
+
+def start_of(
+  length: int, init: Init, tokens: Tokens | None, vocabulary: int
+) -> Callable[[jax.Array, Any, Any], jax.Array]:
+  """`draw(key, table, dtype)`, the rows (P, d) that a prompt starts from.
+
+  Raises:
+    ValueError: for a bad option, and in `draw` if the table has no such rows or another width.
+  """
+  check_whole(length=length)
+  if not isinstance(init, str):
+    return _given(length, init, tokens)
+  if init not in INITS:
+    raise ValueError(f"init must be one of {INITS}, or an array (P, d); got {init!r}")
+  if (tokens is not None) != (init in ("text", "labels")):
+    raise ValueError(f"tokens go with init='text' or init='labels': init={init!r}, {tokens=}")
+  if vocabulary < 1:
+    raise ValueError(f"vocabulary must be at least 1, got {vocabulary!r}")
+  groups = None if tokens is None else _groups(tokens, init)
+  if groups is not None and len(groups) > length:
+    raise ValueError(
+      f"tokens: {len(groups)} {'classes' if init == 'labels' else 'tokens'} do not fit a prompt of "
+      f"length={length}; raise length to {len(groups)}"
+    )
+
+  def draw(key: jax.Array, table: Any, dtype: Any) -> jax.Array:
+    rows, width = _table_shape(table)
+    outside = [i for g in groups or () for i in g if not 0 <= i < rows]
+    if outside:
+      raise ValueError(f"tokens: {outside[:5]} are no ids of a table with {rows} rows")
+    return _drawn(key, table, groups, length, width, init, min(vocabulary, rows), dtype)
+
+  return draw
+
+
+def _given(
+  length: int, init: Any, tokens: Tokens | None
+) -> Callable[[jax.Array, Any, Any], jax.Array]:
+  shape = tuple(init.shape)
+  if len(shape) != 2 or shape[0] != length:
+    raise ValueError(f"init has shape {shape}, expected (P, d) with P = {length=}")
+  if tokens is not None:
+    raise ValueError(f"tokens go with init='text' or init='labels': init is an array, {tokens=}")
+
+  def draw(key: jax.Array, table: Any, dtype: Any) -> jax.Array:
+    width = _table_shape(table)[1]
+    if shape[1] != width:
+      raise ValueError(f"init has rows of {shape[1]} numbers, the table has rows of {width}")
+    return jnp.asarray(init, dtype)
+
+  return draw
+
+
+def _table_shape(table: Any) -> tuple[int, ...]:
+  return tuple(table.shape if isinstance(table, Weight) else strip(table).shape)
 
 
 def _groups(tokens: Sequence, init: str) -> list[list[int]]:

@@ -15,5 +15,8 @@ from pelt_jax.nodes._placements import Before as Before
 from pelt_jax.nodes._placements import Prefix as Prefix
 from pelt_jax.nodes._placements import Shift as Shift
 from pelt_jax.nodes._prompt import ExtendedEmbedding as ExtendedEmbedding
+from pelt_jax.nodes._prompt_encoder import Affine as Affine
+from pelt_jax.nodes._prompt_encoder import LstmCell as LstmCell
+from pelt_jax.nodes._prompt_encoder import PromptEncoder as PromptEncoder
 from pelt_jax.nodes._tuned import Guard as Guard
 from pelt_jax.nodes._tuned import Tuned as Tuned

@@ -149,6 +149,26 @@ def test_prompt_tuning(finetune, bert, tmp_path, placement):
 
 
 @LONG
+@pytest.mark.parametrize("joint", [False, True])
+def test_p_tuning(finetune, bert, tmp_path, joint):
+  data = sentiment(tmp_path)
+  argv = arguments(tmp_path, bert, data, "classification", method="p_tuning", set="length=3")
+  report = finetune.main([*argv, "--set", f"tune_backbone={joint}"])
+  counts = report["parameters"]
+  check_report(report, tmp_path / "out", "accuracy", 16 * 2 + 2)
+  encoder = 3 * 16 + 4 * (4 * 8 * (16 + 8) + 8 * 8) + 2 * (16 * 16 + 16)
+  backbone = counts["total"] - (16 * 2 + 2) if joint else 0
+  assert counts["trainable"] == encoder + backbone
+  assert counts["stored"] == 3 * 16 + backbone
+  if joint:  # four steps of Adam, none longer than the backbone's own rate
+    _, base = models.from_pretrained(bert, task="classification", num_labels=2)
+    params = pelt.load(tmp_path / "out/adapter", base)
+    before, after = base["bert"]["pooler"], params["bert"]["pooler"]
+    moved = np.abs(after["dense"]["kernel"].value - before["dense"]["kernel"]).max()
+    assert 1e-6 < moved < 4 * finetune.RATES["full"]["classification"]
+
+
+@LONG
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_half_precision_trains_float32_additions(finetune, bert, tmp_path, method):
   data = sentiment(tmp_path)
