@@ -8,6 +8,8 @@ from pelt_jax.models._bert import BertModel as BertModel
 from pelt_jax.models._bert import (
   RobertaForSequenceClassification as RobertaForSequenceClassification,
 )
+from pelt_jax.models._bert_lm import BertForMaskedLM as BertForMaskedLM
+from pelt_jax.models._bert_lm import RobertaForMaskedLM as RobertaForMaskedLM
 from pelt_jax.models._config import DecoderConfig as DecoderConfig
 from pelt_jax.models._config import EncoderConfig as EncoderConfig
 from pelt_jax.models._config import read_config as read_config

@@ -20,7 +20,7 @@ from pelt_jax.models._llama import activation
 _FAMILIES = {"bert": "Bert", "roberta": "Roberta"}
 
 
-def _dense(config: EncoderConfig, dtype: Any, features: int, name: str) -> nn.Dense:
+def _dense(config: EncoderConfig, dtype: Any, features: int, name: str | None) -> nn.Dense:
   return nn.Dense(
     features,
     dtype=dtype,
@@ -38,10 +38,10 @@ class LayerNorm(nn.LayerNorm):
       return super().__call__(x)
 
 
-def _norm(config: EncoderConfig, dtype: Any) -> LayerNorm:
+def _norm(config: EncoderConfig, dtype: Any, name: str | None = "LayerNorm") -> LayerNorm:
   # E[x²] - E[x]² loses half the digits where the mean is large.
   return LayerNorm(
-    config.layer_norm_eps, dtype=dtype, param_dtype=dtype, use_fast_variance=False, name="LayerNorm"
+    config.layer_norm_eps, dtype=dtype, param_dtype=dtype, use_fast_variance=False, name=name
   )
 
 
@@ -51,28 +51,28 @@ class BertEmbeddings(nn.Module):
   config: EncoderConfig
   dtype: Any
 
-  @nn.compact
+  def setup(self) -> None:
+    c = self.config
+
+    def table(rows: int) -> nn.Embed:
+      init = nn.initializers.normal(c.initializer_range)
+      return nn.Embed(
+        rows, c.hidden_size, dtype=self.dtype, param_dtype=self.dtype, embedding_init=init
+      )
+
+    self.word_embeddings = table(c.vocab_size)
+    self.token_type_embeddings = table(c.type_vocab_size)
+    self.position_embeddings = table(c.max_position_embeddings)
+    self.LayerNorm = _norm(c, self.dtype, None)
+    self.dropout = nn.Dropout(c.hidden_dropout_prob)
+
   def __call__(
     self, input_ids: Array, position_ids: Array, token_type_ids: Array, deterministic: bool
   ) -> Array:
-    c = self.config
-
-    def table(name: str, rows: int) -> nn.Embed:
-      init = nn.initializers.normal(c.initializer_range)
-      return nn.Embed(
-        rows,
-        c.hidden_size,
-        dtype=self.dtype,
-        param_dtype=self.dtype,
-        embedding_init=init,
-        name=name,
-      )
-
-    x = table("word_embeddings", c.vocab_size)(input_ids)
-    x = x + table("token_type_embeddings", c.type_vocab_size)(token_type_ids)
-    x = x + table("position_embeddings", c.max_position_embeddings)(position_ids)
-    x = _norm(c, self.dtype)(x)
-    return nn.Dropout(c.hidden_dropout_prob, name="dropout")(x, deterministic=deterministic)
+    x = self.word_embeddings(input_ids)
+    x = x + self.token_type_embeddings(token_type_ids)
+    x = x + self.position_embeddings(position_ids)
+    return self.dropout(self.LayerNorm(x), deterministic=deterministic)
 
 
 class BertSelfAttention(nn.Module):
@@ -235,10 +235,9 @@ class _Encoder(nn.Module):
   def _head_roles(self) -> tuple[Role, ...]:
     return (Role("classifier"),)
 
-  def _trunk(self, pooler: bool) -> BertModel:
-    return BertModel(
-      self.config, self.dtype, self.scan, self.remat, pooler=pooler, name=self.prefix
-    )
+  def _trunk(self, pooler: bool, name: str | None = "") -> BertModel:
+    name = self.prefix if name == "" else name
+    return BertModel(self.config, self.dtype, self.scan, self.remat, pooler=pooler, name=name)
 
   def _dropout(self, x: Array, deterministic: bool) -> Array:
     rate = self.config.classifier_dropout
@@ -254,10 +253,17 @@ class BertModel(_Encoder):
 
   pooler: bool = False
 
+  def setup(self) -> None:
+    self.embeddings = BertEmbeddings(self.config, self.dtype)
+
   @property
   def prefix(self) -> str:
     """Empty: the bare model's names have no prefix."""
     return ""
+
+  def attend(self, x: Array) -> Array:
+    """Scores of all tokens, x Eᵀ: what a tied head does."""
+    return self.embeddings.word_embeddings.attend(x)
 
   def _positions(self, input_ids: Array) -> Array:
     """Counts slots from 0; RoBERTa counts real tokens from the padding id's successor."""
@@ -299,9 +305,7 @@ class BertModel(_Encoder):
     position_ids = Positions(name="positions")(position_ids)
     if token_type_ids is None:
       token_type_ids = jnp.zeros((1, input_ids.shape[1]), jnp.int32)
-    x = BertEmbeddings(c, self.dtype, name="embeddings")(
-      input_ids, position_ids, token_type_ids, deterministic
-    )
+    x = self.embeddings(input_ids, position_ids, token_type_ids, deterministic)
     mask = padding_mask(attention_mask, segment_ids)
     x = BertEncoder(c, self.dtype, self.scan, self.remat, name="encoder")(
       constrain(x), mask, deterministic

@@ -108,7 +108,12 @@ def last_token(
     last = jnp.max(jnp.where(input_ids != pad_token_id, slots, 0), axis=1)
   else:
     last = jnp.full((x.shape[0],), x.shape[1] - 1, jnp.int32)
-  return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+  return position(x, last)
+
+
+def position(x: Array, at: Array) -> Array:
+  """Each row's hidden state at one position, (B, T, D) to (B, D); NaN outside of the row."""
+  return jnp.take_along_axis(x, at[:, None, None], axis=1, mode="fill")[:, 0]
 
 
 def _count(mask: Array) -> Array:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from pelt_jax._site import Role
 from pelt_jax.models._attention import Array, AttentionCore, Positions, causal_mask
 from pelt_jax.models._bert import LayerNorm
-from pelt_jax.models._cache import last_token, place, remember
+from pelt_jax.models._cache import last_token, place, position, remember
 from pelt_jax.models._config_gpt2 import GPT2Config
 from pelt_jax.models._layers import constrain, run_layers
 from pelt_jax.models._llama import activation
@@ -245,6 +245,7 @@ class GPT2LMHeadModel(_GPT2):
     segment_ids: Array | None = None,
     cache_length: int | None = None,
     last_only: bool = False,
+    at: Array | None = None,
     deterministic: bool = True,
   ) -> Array:
     """Logits, or with `labels` the loss of every token.
@@ -258,6 +259,7 @@ class GPT2LMHeadModel(_GPT2):
       segment_ids: see `GPT2Model`.
       cache_length: see `GPT2Model`.
       last_only: logits of the last position alone, (B, 1, V): all that generation needs.
+      at: (B,) int: logits of one position per row alone, (B, V).
       deterministic: False applies dropout.
 
     Returns:
@@ -274,6 +276,8 @@ class GPT2LMHeadModel(_GPT2):
     )
     if labels is not None:
       return chunked_losses(self, GPT2LMHeadModel.head, x, labels, self.loss_chunk)
+    if at is not None:
+      return self.head(position(x, at))
     return self.head(x[:, -1:] if last_only else x)
 
   def head(self, x: Array) -> Array:

@@ -21,7 +21,7 @@ from pelt_jax.models._attention import (
   rope_tables,
   rotate,
 )
-from pelt_jax.models._cache import last_token, place, remember
+from pelt_jax.models._cache import last_token, place, position, remember
 from pelt_jax.models._config import DecoderConfig
 from pelt_jax.models._layers import constrain, run_layers
 from pelt_jax.models._loss import chunked_losses
@@ -300,6 +300,7 @@ class LlamaForCausalLM(_Decoder):
     segment_ids: Array | None = None,
     cache_length: int | None = None,
     last_only: bool = False,
+    at: Array | None = None,
     deterministic: bool = True,
   ) -> Array:
     """Logits, or with `labels` the loss of every token.
@@ -313,6 +314,7 @@ class LlamaForCausalLM(_Decoder):
       segment_ids: see `LlamaModel`.
       cache_length: see `LlamaModel`.
       last_only: logits of the last position alone, (B, 1, V): all that generation needs.
+      at: (B,) int: logits of one position per row alone, (B, V).
       deterministic: False applies dropout.
 
     Returns:
@@ -329,6 +331,8 @@ class LlamaForCausalLM(_Decoder):
     )
     if labels is not None:
       return chunked_losses(self, LlamaForCausalLM.head, x, labels, self.loss_chunk)
+    if at is not None:
+      return self.head(position(x, at))
     return self.head(x[:, -1:] if last_only else x)
 
   def head(self, x: Array) -> Array:

@@ -22,19 +22,29 @@ from flax import linen as nn
 from flax.core import meta
 
 from pelt_jax._node import walk
-from pelt_jax.models import _bart, _bert, _gpt2, _llama, _t5
+from pelt_jax.models import _bart, _bert, _bert_lm, _gpt2, _llama, _t5
 from pelt_jax.models._config import Config, read_config
 from pelt_jax.models._config_seq2seq import T5Config
 from pelt_jax.models._layers import stack_layers, stacks, to_looped
-from pelt_jax.models._names import COPIES, FRESH, LEFT_OUT, aliases, is_copy, torch_name, transposed
+from pelt_jax.models._names import (
+  COPIES,
+  FRESH,
+  LEFT_OUT,
+  SHARED,
+  aliases,
+  repeats,
+  torch_name,
+  transposed,
+)
 from pelt_jax.models._safetensors import Entry, read_header, write, write_atomically
 
 _log = logging.getLogger(__name__)
 
-TASKS = ("lm", "classification", "tagging", "encoder", "seq2seq")
+TASKS = ("lm", "mlm", "cloze", "classification", "tagging", "encoder", "seq2seq")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LLAMA = {
   "lm": _llama.LlamaForCausalLM,
+  "cloze": _llama.LlamaForCausalLM,
   "classification": _llama.LlamaForSequenceClassification,
   "tagging": _llama.LlamaForTokenClassification,
   "encoder": _llama.LlamaModel,
@@ -45,10 +55,13 @@ _BERT = {
   "encoder": _bert.BertModel,
 }
 _CLASSES: dict[str, dict[str, Any]] = {
-  "bert": _BERT,
-  "roberta": _BERT | {"classification": _bert.RobertaForSequenceClassification},
+  "bert": _BERT | dict.fromkeys(("mlm", "cloze"), _bert_lm.BertForMaskedLM),
+  "roberta": _BERT
+  | {"classification": _bert.RobertaForSequenceClassification}
+  | dict.fromkeys(("mlm", "cloze"), _bert_lm.RobertaForMaskedLM),
   "gpt2": {
     "lm": _gpt2.GPT2LMHeadModel,
+    "cloze": _gpt2.GPT2LMHeadModel,
     "classification": _gpt2.GPT2ForSequenceClassification,
     "tagging": _gpt2.GPT2ForTokenClassification,
     "encoder": _gpt2.GPT2Model,
@@ -84,7 +97,8 @@ def from_config(
 
   Args:
     config: a configuration, or the contents of a Hugging Face `config.json`.
-    task: "lm", "classification", "tagging", "encoder" or "seq2seq": it brings the head.
+    task: "lm", "mlm", "classification", "tagging", "encoder" or "seq2seq": it brings the head.
+      "cloze" is the family's language model: "mlm" of encoders, "lm" of decoders.
     num_labels: for classification and tagging; by default what the configuration says.
     dtype: of parameters and computation: float32, bfloat16, float16 or float64.
     scan: one compiled layer with stacked parameters instead of a loop.
@@ -149,7 +163,8 @@ def from_pretrained(
   Args:
     source: the folder; or, if there is no such folder, a hub id such as "org/name", which needs
       `huggingface_hub`.
-    task: "lm", "classification", "tagging", "encoder" or "seq2seq" (of encoder-decoders).
+    task: "lm" (decoders), "mlm" (encoders), "cloze" (the one of both that the family has),
+      "classification", "tagging", "encoder" or "seq2seq" (encoder-decoders).
     num_labels: for classification and tagging; by default what config.json says.
     dtype: of parameters and computation. The checkpoint is converted to it.
     scan: stack the layers' parameters and compile one layer.
@@ -255,8 +270,8 @@ def _with_own_head(config: Config, entries: Mapping[str, Entry]) -> Config:
 
 def _shared(entries: Mapping[str, Entry]) -> Entry | None:
   """The tensor of the embedding that an encoder-decoder shares."""
-  names = ("shared.weight", "model.shared.weight")
-  return next((entries[n] for n in (*names, *filter(COPIES.search, entries)) if n in entries), None)
+  names = (*SHARED, *filter(COPIES.search, entries))
+  return next((entries[n] for n in names if n in entries), None)
 
 
 def _equal(a: Entry, b: Entry | None) -> bool:
@@ -293,9 +308,11 @@ def _reader(
   for name in entries:
     if name in used:
       continue
-    if is_copy(name, model):
-      if not _equal(entries[name], _shared(entries)):
-        problems.append(f"{name} differs from shared.weight: one embedding serves all")
+    if originals := repeats(name, model):
+      original = next((entries[n] for n in originals if n in entries), None)
+      original = _shared(entries) if original is None else original
+      if not _equal(entries[name], original):
+        problems.append(f"{name} differs from {originals[0]}, which this model uses for both")
     elif not LEFT_OUT.search(name):
       problems.append(f"{name} {entries[name].shape} is unexpected")
   if problems:

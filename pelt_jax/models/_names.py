@@ -18,6 +18,8 @@ LEFT_OUT = re.compile(
 )
 # Second names of a shared embedding, which files may or may not hold besides the first.
 COPIES = re.compile(r"(^|\.)(encoder|decoder)\.embed_tokens\.weight$")
+SHARED = ("shared.weight", "model.shared.weight")
+_MASKED_HEAD = re.compile(r"(cls\.predictions|lm_head)\.decoder\.(weight|bias)")
 # T5's table of position biases: the stack's own here, the first layer's there.
 _T5_TABLE = re.compile(r"^((?:en|de)coder)/relative_attention_bias/")
 
@@ -42,12 +44,16 @@ def transposed(path: str, model: Any) -> bool:
   return leaf == "kernel" and module not in getattr(model, "conv1d", ())
 
 
-def is_copy(name: str, model: Any) -> bool:
-  """Whether a tensor can only repeat an encoder-decoder's shared embedding."""
+def repeats(name: str, model: Any) -> tuple[str, ...]:
+  """Names of the tensors one of which this one can only repeat, since the model ties them."""
+  if model.architecture.endswith("MaskedLM") and _MASKED_HEAD.fullmatch(name):
+    table = "embeddings.word_embeddings.weight"
+    bias = name.replace("decoder.bias", "bias")
+    return (bias,) if bias != name else (f"{model.prefix}.{table}", table)
   if not hasattr(model, "stacks"):
-    return False
-  tied = model.config.tie_word_embeddings
-  return bool(COPIES.search(name)) or (tied and name == "lm_head.weight")
+    return ()
+  tied = model.config.tie_word_embeddings and name == "lm_head.weight"
+  return SHARED if tied or COPIES.search(name) else ()
 
 
 def aliases(name: str, model: Any) -> Iterator[str]:

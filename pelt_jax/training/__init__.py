@@ -10,10 +10,12 @@ from pelt_jax.training._beam import Beams as Beams
 from pelt_jax.training._beam import beam_search as beam_search
 from pelt_jax.training._checkpoint import CheckpointMismatch as CheckpointMismatch
 from pelt_jax.training._checkpoint import Checkpoints as Checkpoints
+from pelt_jax.training._cloze import cloze as cloze
+from pelt_jax.training._cloze import verbalizer as verbalizer
 from pelt_jax.training._compile import Compiled as Compiled
-from pelt_jax.training._encode import Encoded as Encoded
 from pelt_jax.training._encode import encode as encode
-from pelt_jax.training._encode import label_list as label_list
+from pelt_jax.training._encoded import Encoded as Encoded
+from pelt_jax.training._encoded import label_list as label_list
 from pelt_jax.training._evaluate import MAIN_METRIC as MAIN_METRIC
 from pelt_jax.training._evaluate import Evaluator as Evaluator
 from pelt_jax.training._evaluate import evaluate as evaluate
@@ -49,6 +51,7 @@ from pelt_jax.training._step import State as State
 from pelt_jax.training._step import TrainStep as TrainStep
 from pelt_jax.training._step import masters as masters
 from pelt_jax.training._step import train_step as train_step
+from pelt_jax.training._template import Template as Template
 from pelt_jax.training._tokenizer import ByteTokenizer as ByteTokenizer
 from pelt_jax.training._tokenizer import FolderTokenizer as FolderTokenizer
 from pelt_jax.training._tokenizer import Tokenizer as Tokenizer

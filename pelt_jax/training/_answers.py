@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from pelt_jax.training._beam import beam_search
-from pelt_jax.training._encode import check_room, prompt_ids
+from pelt_jax.training._encode_lm import prompt_ids
+from pelt_jax.training._encode_seq2seq import source_ids
+from pelt_jax.training._encoded import check_room
 from pelt_jax.training._generate import generate
 from pelt_jax.training._metrics import generation_scores
 from pelt_jax.training._progress import bar
@@ -84,7 +86,11 @@ def questions(
   made = []
   for group in chosen:
     first = group[0]
-    ids = prompt_ids(examples, first, tokenizer, task, length, limit, (tuple(virtual), placement))
+    prompt = (tuple(virtual), placement)
+    if task == "seq2seq":
+      ids, _ = source_ids(examples, first, tokenizer, length, limit, prompt)
+    else:
+      ids = prompt_ids(examples, first, tokenizer, prompt)
     shown = first.prompt if first.messages is None else _asked(first)[-1][1]
     made.append(Question(shown or "", ids, tuple(_answer(e) for e in group)))
   return made

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pelt_jax.training._encode import IGNORE, Encoded
+from pelt_jax.training._encoded import IGNORE, Encoded
 
 Batch = dict[str, np.ndarray]
 
@@ -42,7 +42,7 @@ def collate(
   Returns:
     `input_ids` (B, T), `labels` (B, T) or (B,), and `attention_mask` (B, T) or, for packed rows,
     `segment_ids` and `position_ids` (B, T). In the task seq2seq the labels have a length of their
-    own, (B, U).
+    own, (B, U); rows of a template with a blank have `at` (B,).
   """
   rows = [data.rows[i] for i in indices]
 
@@ -59,6 +59,8 @@ def collate(
   }
   names = ("segment_ids", "position_ids") if packed else ("attention_mask",)
   batch |= {name: np.zeros((size, length), np.int32) for name in names}
+  if "at" in rows[0]:
+    batch["at"] = np.zeros(size, np.int32)
   for i, row in enumerate(rows):
     for name, value in row.items():
       if value.ndim:

@@ -7,7 +7,7 @@ import jax
 
 from pelt_jax.training._batch import Batch, batches
 from pelt_jax.training._compile import Compiled
-from pelt_jax.training._encode import Encoded
+from pelt_jax.training._encoded import Encoded
 from pelt_jax.training._loss import LOSSES
 from pelt_jax.training._metrics import classification_scores, entity_scores, language_scores
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pelt_jax.training._batch import Batch, buckets, collate
-from pelt_jax.training._encode import Encoded
+from pelt_jax.training._encoded import Encoded
 from pelt_jax.training._extras import need
 
 _WINDOW = 32  # batches whose rows are sorted by length together

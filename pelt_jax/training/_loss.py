@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pelt_jax.training._encode import IGNORE
+from pelt_jax.training._encoded import IGNORE
 
 Loss = Callable[[Callable, Any, dict, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
 
-_INPUTS = ("attention_mask", "segment_ids", "position_ids", "token_type_ids")
+_INPUTS = ("attention_mask", "segment_ids", "position_ids", "token_type_ids", "at")
 
 
 def _run(apply: Callable, params: Any, batch: dict, key: jax.Array | None, **kwargs: Any) -> Any:

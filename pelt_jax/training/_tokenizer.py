@@ -27,6 +27,7 @@ class Tokenizer(Protocol):
   bos: int | None
   eos: int | None
   pad: int
+  mask: int | None  # what stands for a token that is asked for
   adds_bos: bool  # whether text starts with `bos`, which `encode` then leaves to the caller
   folder: pathlib.Path | None  # where its files are
 
@@ -52,6 +53,7 @@ class ByteTokenizer:
   pad: int = 0
   bos: int | None = 1
   eos: int | None = 2
+  mask: int | None = None
   adds_bos: bool = True
   folder: pathlib.Path | None = None
 
@@ -82,6 +84,7 @@ class FolderTokenizer:
   bos: int | None
   eos: int | None
   pad: int
+  mask: int | None
   adds_bos: bool
   template: str | None  # chat template (Jinja)
   names: dict[str, str]  # the special tokens a template may write
@@ -196,6 +199,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> FolderTokenizer:
     bos=bos,
     eos=eos,
     pad=pad if pad is not None else (eos if eos is not None else 0),
+    mask=id_of("mask"),
     adds_bos=adds_bos,
     template=template,
     names=names,
