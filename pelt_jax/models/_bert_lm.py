@@ -110,7 +110,8 @@ class _MaskedLM(_Encoder):
       deterministic=deterministic,
     )
     x, bias = head(x if at is None else position(x, at))
-    return trunk.attend(x) + jnp.asarray(bias, x.dtype)
+    scores = trunk.attend(x)
+    return scores + jnp.expand_dims(jnp.asarray(bias, scores.dtype), range(scores.ndim - 1))
 
 
 class BertForMaskedLM(_MaskedLM):

@@ -185,6 +185,9 @@ def load_tokenizer(folder: str | pathlib.Path) -> FolderTokenizer:
   if (folder / "chat_template.jinja").is_file():
     template = (folder / "chat_template.jinja").read_text()
   bos, eos, pad = id_of("bos"), id_of("eos"), id_of("pad")
+  mask = id_of("mask")
+  if mask is None and not (folder / "tokenizer.json").is_file():  # BERT's own name, by default
+    mask = backend.token_to_id("[MASK]")
   probe = backend.encode("a", add_special_tokens=True).ids
   # Llama's own tokenizer class adds <s> in code where tokenizer.json does not.
   sentencepiece = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -199,7 +202,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> FolderTokenizer:
     bos=bos,
     eos=eos,
     pad=pad if pad is not None else (eos if eos is not None else 0),
-    mask=id_of("mask"),
+    mask=mask,
     adds_bos=adds_bos,
     template=template,
     names=names,

@@ -118,7 +118,7 @@ MASKED = ["llama", "mistral", "qwen2-mixed"]  # the kinds of masks: full, slidin
 ENCODERS = ["bert", "roberta"]
 TASKS = {
   **dict.fromkeys(DECODERS, ("lm", "classification", "tagging", "encoder")),
-  **dict.fromkeys(ENCODERS, ("classification", "tagging", "encoder")),
+  **dict.fromkeys(ENCODERS, ("classification", "tagging", "encoder", "mlm")),
 }
 PAIRS = [(name, task) for name in CONFIGS for task in TASKS[name]]
 SEQ2SEQ_PAIRS = [(name, "seq2seq") for name in SEQ2SEQ]

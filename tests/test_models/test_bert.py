@@ -51,6 +51,8 @@ PER_LAYER = {
   ("roberta", "classification", ["classifier/dense", "classifier/out_proj"]),
   ("roberta", "tagging", ["classifier"]),
   ("bert", "encoder", []),
+  ("bert", "mlm", ["cls/predictions/transform/dense"]),
+  ("roberta", "mlm", ["lm_head/dense"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("scan", [False, True])
 def test_every_role_names_its_modules(name, task, head, scan):
@@ -64,3 +66,14 @@ def test_every_role_names_its_modules(name, task, head, scan):
   assert len(found["norm"]) == 1 + 2 * layers and len(found["embedding"]) == 1
   assert found.get("head", []) == head
   assert not any("attention/output" in p for p in found["ffn_out"] + found["ffn"])
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_one_position_of_a_masked_language_model(name):
+  model, params = built(name, "mlm")
+  ids, at = tokens(2, 6), np.array([4, 1])
+  whole = model.apply({"params": params}, ids)
+  assert whole.shape == (2, 6, 97)
+  close(model.apply({"params": params}, ids, at=at), whole[np.arange(2), at], 2e-6)
+  outside = model.apply({"params": params}, ids, at=np.array([4, 6]))
+  assert np.isfinite(outside[0]).all() and np.isnan(outside[1]).all()

@@ -250,3 +250,23 @@ def test_stories_load_and_know_their_language(stories):
   loss = jax.jit(model.apply)({"params": params}, text[:, :-1], labels=None)
   loss = models.token_losses(loss, jnp.asarray(text[:, 1:])).mean()
   assert float(loss) < 2.5  # a model read with transposed or permuted weights is above ln 512 = 6.2
+
+
+@pytest.mark.parametrize(("name", "head"), [("bert", "cls.predictions"), ("roberta", "lm_head")])
+def test_a_masked_language_models_head_is_its_embedding(name, head, tmp_path):
+  model, params = saved(tmp_path, name, "mlm")
+  table = f"{name}.embeddings.word_embeddings.weight"
+
+  def copies(tensors):
+    tensors[f"{head}.decoder.weight"] = tensors[table]
+    tensors[f"{head}.decoder.bias"] = tensors[f"{head}.bias"]
+
+  change(tmp_path, copies)
+  same(models.from_pretrained(tmp_path, task="mlm", scan=True)[1], params)
+  change(tmp_path, lambda t: t.update({f"{head}.decoder.weight": t[table] + 1}))
+  with pytest.raises(ValueError, match=f"{head}.decoder.weight differs from {table}"):
+    models.from_pretrained(tmp_path, task="cloze")
+  change(tmp_path, lambda t: [t.pop(n) for n in list(t) if n.startswith(head)])
+  with pytest.raises(ValueError, match=f"{head}.bias is missing"):
+    models.from_pretrained(tmp_path, task="mlm")
+  models.from_pretrained(tmp_path, task="encoder")

@@ -30,6 +30,7 @@ SUFFIX = {
   "classification": "ForSequenceClassification",
   "tagging": "ForTokenClassification",
   "encoder": "Model",
+  "mlm": "ForMaskedLM",
 }
 FAMILY = {
   "llama": "Llama",

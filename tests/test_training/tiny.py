@@ -34,9 +34,9 @@ WORDS = (
 )
 
 
-def llama(dtype=jnp.float32, seed=0):
+def llama(dtype=jnp.float32, seed=0, spread=0.02):
   """A random language model over bytes."""
-  model = models.from_config(LLAMA, dtype=dtype)
+  model = models.from_config(LLAMA | {"initializer_range": spread}, dtype=dtype)
   return model, model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
@@ -49,9 +49,10 @@ def text_rows(count=24, length=16):
   )
 
 
-def save_bert(folder, seed=0):
+def save_bert(folder, seed=0, task="encoder", spread=0.02):
   """A Hugging Face folder of a random BERT with a vocabulary of words."""
-  model = models.from_config(BERT, task="encoder").clone(pooler=True)
+  model = models.from_config(BERT | {"initializer_range": spread}, task=task)
+  model = model.clone(pooler=True) if task == "encoder" else model
   params = model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
   models.save_pretrained(folder, model, params)
   (folder / "vocab.txt").write_text("\n".join(WORDS))
@@ -67,11 +68,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_llama(folder, seed=0):
+def save_llama(folder, seed=0, spread=0.02):
   """A Hugging Face folder of a random Llama whose tokenizer has no merges."""
   import tokenizers
 
-  model, params = llama(seed=seed)
+  model, params = llama(seed=seed, spread=spread)
   models.save_pretrained(folder, model, params)
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   specials = ["<|im_start|>", "<|im_end|>", "<pad>"]
