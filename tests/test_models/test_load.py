@@ -254,7 +254,7 @@ def test_stories_load_and_know_their_language(stories):
 
 @pytest.mark.parametrize(("name", "head"), [("bert", "cls.predictions"), ("roberta", "lm_head")])
 def test_a_masked_language_models_head_is_its_embedding(name, head, tmp_path):
-  model, params = saved(tmp_path, name, "mlm")
+  _, params = saved(tmp_path, name, "mlm")
   table = f"{name}.embeddings.word_embeddings.weight"
 
   def copies(tensors):
