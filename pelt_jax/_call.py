@@ -162,7 +162,7 @@ class Call:
     return self.frame.path
 
   @property
-  def rows(self) -> jax.Array | None:
+  def rows(self) -> jax.Array | np.ndarray | None:
     """Which member of a bank each batch row uses."""
     return self.context.rows
 

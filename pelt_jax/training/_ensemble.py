@@ -1,0 +1,158 @@
+"""Prompt ensembling: many small additions to one frozen model, trained and asked together."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pelt_jax._tree import combine, partition
+from pelt_jax.training._step import TrainStep
+
+
+def vote(scores: jax.Array | np.ndarray, by: str = "majority") -> jax.Array:
+  """Scores of the classes from those of N members, (N, ..., C) to (..., C).
+
+  Args:
+    scores: Every member's logits.
+    by: `"majority"`: how many members have a class as their best; in a tie `argmax` takes the
+      lowest class. `"mean_logit"`: the mean of the logits.
+
+  Returns:
+    What `argmax` picks the class from. Votes are no logits: a loss of them means nothing.
+
+  Raises:
+    ValueError: Another `by`, or no axis of members.
+
+  Example:
+    >>> from pelt_jax import training
+    >>> scores = jnp.array([[[9.0, 1.0]], [[0.0, 1.0]], [[0.0, 1.0]]])
+    >>> training.vote(scores).tolist(), training.vote(scores, "mean_logit").tolist()
+    ([[1.0, 2.0]], [[3.0, 1.0]])
+  """
+  if by not in ("majority", "mean_logit"):
+    raise ValueError(f"by must be 'majority' or 'mean_logit', got {by!r}")
+  if scores.ndim < 2:
+    raise ValueError(f"scores has shape {scores.shape}, expected (N, ..., C)")
+  if by == "mean_logit":
+    return jnp.mean(scores, axis=0)
+  best = jnp.argmax(scores, axis=-1)
+  return jnp.sum(jax.nn.one_hot(best, scores.shape[-1], dtype=scores.dtype), axis=0)
+
+
+def ensemble(apply: Callable, members: int, by: str = "majority") -> Callable:
+  """An `apply` that asks all members of a bank about every row, in one forward pass.
+
+  The batch of B rows runs as one of N B, the first B with member 0; the frozen model is there once.
+
+  Args:
+    apply: `pelt.bypass(model.apply)` of a model that returns logits, or `cloze` of it.
+    members: N, how many members the bank has.
+    by: As for `vote`.
+
+  Returns:
+    `apply(variables, input_ids, ...) -> (B, ..., C)` for params that `pelt.bank` made, heads
+    included where they train. Arguments whose first axis is the batch are repeated.
+
+  Raises:
+    ValueError: `members` is less than 1, or more than the bank has (when it runs).
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, pelt_jax as pelt
+    >>> from pelt_jax import training
+    >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+    >>> base, sites = model.init(jax.random.key(0), x)["params"], pelt.sites(model, x)
+    >>> lora = pelt.lora(rank=1, targets="*")
+    >>> runs = [lora.init(jax.random.key(i), base, sites) for i in range(5)]
+    >>> ask = training.ensemble(pelt.bypass(model.apply), len(runs))
+    >>> ask({"params": pelt.bank(runs)}, x).sum(-1).tolist()  # five votes a row
+    [5.0, 5.0]
+  """
+  if members < 1:
+    raise ValueError(f"members={members}: expected at least 1")
+
+  def ask(variables: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    batch = inputs.shape[0]
+
+    def repeated(x: Any) -> Any:
+      rows = getattr(x, "shape", ())[:1] == (batch,)
+      return jnp.concatenate([jnp.asarray(x)] * members) if rows else x
+
+    rows = np.repeat(np.arange(members, dtype=np.int32), batch)
+    others = {k: v if k == "rngs" else repeated(v) for k, v in kwargs.items()}
+    out = apply(variables, repeated(inputs), *map(repeated, args), rows=rows, **others)
+    return vote(out.reshape(members, batch, *out.shape[1:]), by)
+
+  return ask
+
+
+class Joint(NamedTuple):
+  """Pure functions that train N members at once, to be jitted by the caller.
+
+  Attributes:
+    init: `members -> (trainable, frozen, state)`; every array of members has a leading axis N.
+    step: `(trainable, frozen, state, batch, keys) -> (trainable, state, metrics)` with one key per
+      member; the batch is the same for all. Metrics are (N,).
+    split: `(trainable, frozen) -> members`.
+  """
+
+  init: Callable[[Sequence[Any]], tuple[Any, Any, Any]]
+  step: Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
+  split: Callable[[Any, Any], list[Any]]
+
+
+def jointly(train: TrainStep) -> Joint:
+  """The step of one member for N, as one vmapped program over one frozen model.
+
+  Each member has its own optimizer state, and its gradients are clipped by their own norm: the
+  result is that of N separate runs.
+
+  Args:
+    train: What `train_step` returned.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, pelt_jax as pelt
+    >>> from pelt_jax import nodes, training
+    >>> loss = lambda apply, params, batch, key: jnp.sum(params["w"].value * batch["x"])
+    >>> train = training.jointly(training.train_step(print, loss, optax.sgd(0.5)))
+    >>> runs = [{"w": nodes.Tuned(jnp.array(w))} for w in (1.0, 2.0)]
+    >>> trainable, frozen, state = train.init(runs)
+    >>> keys = jax.random.split(jax.random.key(0), 2)
+    >>> trainable, state, _ = train.step(trainable, frozen, state, {"x": 2.0}, keys)
+    >>> [float(p["w"].value) for p in train.split(trainable, frozen)]
+    [0.0, 1.0]
+  """
+
+  def init(members: Sequence[Any]) -> tuple[Any, Any, Any]:
+    if not members:
+      raise ValueError("members is empty: give the params of at least one run")
+    parts = [partition(m, extra=True) for m in members]
+    kinds = [jax.tree.structure(p[:2]) for p in parts]
+    if odd := [i for i, kind in enumerate(kinds) if kind != kinds[0]]:
+      raise ValueError(f"members 0 and {odd[0]} have different nodes: give them the same method")
+    stack = lambda i: jax.tree.map(lambda *x: jnp.stack(x), *(p[i] for p in parts))
+    own, extra, base = stack(0), stack(1), parts[0][2]
+
+    def start(own: Any, extra: Any) -> tuple[Any, Any]:
+      trainable, _, state = train.init(combine(own, extra, base))
+      return trainable, state
+
+    trainable, state = jax.vmap(start)(own, extra)
+    return trainable, (extra, base), state
+
+  def step(trainable: Any, frozen: Any, state: Any, batch: Any, keys: jax.Array) -> Any:
+    extra, base = frozen
+
+    def one(trainable: Any, extra: Any, state: Any, key: jax.Array) -> Any:
+      return train.step(trainable, combine(extra, base), state, batch, key)
+
+    return jax.vmap(one)(trainable, extra, state, keys)
+
+  def split(trainable: Any, frozen: Any) -> list[Any]:
+    extra, base = frozen
+    count = len(jax.tree.leaves(trainable)[0])
+    pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+    return [combine(pick(trainable, i), pick(extra, i), base) for i in range(count)]
+
+  return Joint(init, step, split)
