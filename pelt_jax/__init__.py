@@ -32,7 +32,9 @@ from pelt_jax.methods._lora import lora as lora
 from pelt_jax.methods._p_tuning import p_tuning as p_tuning
 from pelt_jax.methods._prefix_tuning import p_tuning_v2 as p_tuning_v2
 from pelt_jax.methods._prefix_tuning import prefix_from as prefix_from
+from pelt_jax.methods._prefix_tuning import prefix_of as prefix_of
 from pelt_jax.methods._prefix_tuning import prefix_tuning as prefix_tuning
+from pelt_jax.methods._prompt_tuning import prompt_of as prompt_of
 from pelt_jax.methods._prompt_tuning import prompt_tuning as prompt_tuning
 from pelt_jax.methods._prompt_tuning import virtual_tokens as virtual_tokens
 from pelt_jax.methods._train import full as full

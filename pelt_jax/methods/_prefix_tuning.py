@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import GENERATORS, Bypass, update_at
+from pelt_jax._node import GENERATORS, Bypass, Chain, update_at, walk
 from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, add_bypass, check_dropout, check_whole, site_key
+from pelt_jax._tree import fold
 from pelt_jax.nodes import Dropout, Prefix, PrefixMLP, Shift
 
 Arrays = Mapping[str, tuple[Any, Any]]
@@ -42,8 +43,8 @@ def prefix_tuning(
     reparametrize: make them by the MLP; False trains them as they are, N(0, 1) at first.
     hidden: the MLP's width.
     embed_dim: d_e; by default the model's width, as in the released code.
-    init: per path of an attention core its keys and values, from `prefix_from`; needs
-      `reparametrize=False`.
+    init: per path of an attention core its keys and values, those of words (`prefix_from`) or of
+      another task (`prefix_of`); needs `reparametrize=False`.
     dropout: share of the keys and values dropped in training.
     targets: the role or paths of the attention cores.
     layers: layer numbers to keep; all by default.
@@ -161,7 +162,7 @@ def p_tuning_v2(
     length: P.
     reparametrize: make them by an MLP.
     hidden: the MLP's width.
-    init: keys and values to start from, such as another task's (`prefix_from`).
+    init: keys and values to start from, such as another task's (`prefix_of`).
     dropout: share of the keys and values dropped in training.
     targets: the role or paths of the attention cores.
     layers: layer numbers to keep; all by default.
@@ -232,6 +233,37 @@ def prefix_from(
   return {
     c.site.path: tuple(row(c, seen[c.site.path][n]) for n in ("keys", "values")) for c in cores
   }
+
+
+def prefix_of(params: dict) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """The keys and values that the prefixes in params hold, for `init`: where another task begins.
+
+  Args:
+    params: with prefixes, looped or scanned as the model that will start from them is.
+
+  Returns:
+    As `prefix_from`.
+
+  Raises:
+    ValueError: if params hold no prefix, or a bank of them.
+
+  Example:
+    >>> import jax.numpy as jnp, pelt_jax as pelt
+    >>> prefix = pelt.nodes.Prefix(jnp.zeros((3, 2, 4)), jnp.ones((3, 2, 4)))
+    >>> {path: k.shape for path, (k, v) in pelt.prefix_of({"core": {"bypass": prefix}}).items()}
+    {'core': (3, 2, 4)}
+  """
+  found = {}
+  for path, value in walk(fold(params)):
+    for node in value.nodes if isinstance(value, Chain) else (value,):
+      if isinstance(node, Prefix) and node.banked:
+        raise ValueError(f"{path!r} holds a bank of prefixes; give the params of one member")
+      if isinstance(node, Prefix):
+        site = path.removesuffix("bypass").removesuffix("/")
+        found[site] = (node.array("keys"), node.array("values"))
+  if not found:
+    raise ValueError("params hold no prefix, such as prefix_tuning or p_tuning_v2 add")
+  return found
 
 
 class _Tell(Bypass):

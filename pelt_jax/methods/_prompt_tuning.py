@@ -105,6 +105,25 @@ def virtual_tokens(params: dict) -> range:
   return next(iter(found), range(0))
 
 
+def prompt_of(params: dict) -> jax.Array:
+  """The virtual tokens' embeddings (P, d), for `init`: where another task's prompt begins.
+
+  Raises:
+    ValueError: if params hold no prompt, several, or a bank of them.
+
+  Example:
+    >>> import jax.numpy as jnp, pelt_jax as pelt
+    >>> table = pelt.nodes.ExtendedEmbedding(jnp.zeros((7, 4)), jnp.ones((3, 4)))
+    >>> pelt.prompt_of({"embedding": table}).shape
+    (3, 4)
+  """
+  found = [n for n in every_node(fold(params)) if isinstance(n, ExtendedEmbedding)]
+  if len(found) != 1 or found[0].base is None:
+    what = f"{len(found)} prompts" if len(found) != 1 else "a bank of prompts"
+    raise ValueError(f"params hold {what}; expected the one that prompt_tuning or p_tuning adds")
+  return found[0].array("prompt")
+
+
 def token_table(sites: tuple[Site, ...], targets: Targets, method: str) -> Site:
   """The one table that looks up tokens.
 

@@ -289,3 +289,18 @@ def test_one_table_holds_one_prompt():
   plain = update_at(params, {TABLES["reader"]: get_at(base, TABLES["reader"])})
   with pytest.raises(ValueError, match="no prompt waits for its generator at 'embed_tokens"):
     apply({"params": plain}, tokens(2, 6))
+
+
+def test_another_tasks_prompt_is_where_training_starts():
+  model, base = built("qwen2", "lm")
+  sites = pelt.sites(model, tokens(2, 6))
+  trained = pelt.p_tuning(3, hidden=4).init(jax.random.key(1), base, sites)
+  start = pelt.prompt_of(trained)
+  params = pelt.prompt_tuning(3, init=start).init(jax.random.key(9), base, sites)
+  np.testing.assert_array_equal(pelt.prompt_of(params), start)
+  ids = np.concatenate([np.tile(np.arange(97, 100, dtype=np.int32), (2, 1)), tokens(2, 6)], 1)
+  apply = pelt.bypass(model.apply)
+  np.testing.assert_array_equal(apply({"params": params}, ids), apply({"params": trained}, ids))
+  for wrong, match in ((base, "hold 0 prompts"), (pelt.bank([params, params]), "a bank")):
+    with pytest.raises(ValueError, match=match):
+      pelt.prompt_of(wrong)

@@ -226,3 +226,15 @@ def test_bad_targets():
   params = start(pelt.prefix_tuning(4))
   with pytest.raises(RuntimeError, match="use pelt.bypass"):
     model.apply({"params": params}, tokens(2, 6))
+
+
+@pytest.mark.parametrize("options", [{}, {"reparametrize": True, "hidden": 8}])
+def test_another_tasks_prefix_is_where_training_starts(options):
+  model, base, trained, apply = prefixed("llama", **options)
+  again = pelt.p_tuning_v2(4, init=pelt.prefix_of(trained), dropout=0.0)
+  params = again.init(jax.random.key(9), base, pelt.sites(model, tokens(2, 6)))
+  ids = tokens(2, 6)
+  np.testing.assert_array_equal(apply({"params": params}, ids), apply({"params": trained}, ids))
+  for wrong, match in ((base, "hold no prefix"), (pelt.bank([trained, trained]), "a bank")):
+    with pytest.raises(ValueError, match=match):
+      pelt.prefix_of(wrong)

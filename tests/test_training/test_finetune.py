@@ -409,3 +409,26 @@ def test_the_demo(finetune, tmp_path, monkeypatch):
   changed = (made / "model.safetensors").stat().st_mtime_ns
   assert demo.folder(progress=False) == made
   assert (made / "model.safetensors").stat().st_mtime_ns == changed
+
+
+@LONG
+def test_the_length_search_picks_the_best_mean(finetune, bert, tmp_path, monkeypatch):
+  search = importlib.import_module("prompt_length")
+  data = sentiment(tmp_path)
+  job = arguments(tmp_path, bert, data, "classification", steps=2, length=12)
+  job = [*job[: job.index("--out")], *job[job.index("--out") + 2 :], "--method", "prompt_tuning"]
+  asked = ["--lengths", "2", "4", "--seeds", "2", "--out", str(tmp_path / "search")]
+  found = search.main([*asked, *job])
+  reports = {
+    (n, s): json.loads((tmp_path / "search" / f"length-{n}-seed-{s}" / "report.json").read_text())
+    for n in (2, 4)
+    for s in (0, 1)
+  }
+  scores = {n: [reports[n, s]["metric"]["after"] for s in (0, 1)] for n in (2, 4)}
+  assert found["scores"] == scores and found["best"] == max(scores, key=lambda n: sum(scores[n]))
+  for (n, s), report in reports.items():
+    assert report["settings"]["length"] == 12 + n and report["seed"] == s
+    assert report["parameters"]["stored"] == n * 16
+  assert (tmp_path / "search" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+  monkeypatch.setattr(finetune, "main", None)  # what is done is not run again
+  assert search.main([*asked, *job]) == found
