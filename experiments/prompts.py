@@ -1,0 +1,91 @@
+"""Prompts and prefixes on real data, once each, by the main job.
+
+  python experiments/prompts.py --data DATA_FOLDER --minilm MINILM_FOLDER --out runs/prompts
+  python experiments/prompts.py ... --smollm2 SMOLLM2_FOLDER --runs sst2-cloze
+
+SST-2 by MiniLM under all four methods with a head, WNUT-17 under P-Tuning v2 (entity F1), SST-2 by
+SmolLM2 as a cloze: a template with virtual tokens, no head. Scores are those of the test files,
+which choose nothing. Writes prompts.json and prompts.md; a run that is done already is not run
+again.
+"""
+
+import argparse
+import json
+import pathlib
+
+import finetune
+from options import VIRTUAL
+from reporting import write
+
+LENGTH = 10  # of a prompt or prefix
+RATES = {"prompt_tuning": 3e-2, "p_tuning": 1e-3, "prefix_tuning": 1e-3, "p_tuning_v2": 7e-3}
+CLOZE = {
+  "template": "{p:4} {text} {p:4} It was [MASK]",
+  "verbalizer": "0=terrible,1=great",
+}
+
+
+def jobs(args: argparse.Namespace) -> dict[str, list[str]]:
+  """The main job's arguments, by run."""
+  data = pathlib.Path(args.data)
+  sst2 = ["--train", f"{data}/sst2/train.tsv", "--eval", f"{data}/sst2/test.tsv"]
+  sst2 += ["--task", "classification", "--columns", "text,label"]
+  recipe = ["--model", str(args.minilm), "--epochs", "3", "--batch", "32"]
+  made = {}
+  for method, rate in RATES.items():
+    room = 64 + LENGTH * (method in VIRTUAL)
+    more = ["--method", method, "--set", f"length={LENGTH}", "--lr", str(rate)]
+    made[f"sst2-{method}"] = [*recipe, *sst2, *more, "--length", str(room)]
+  wnut = data / "wnut17"
+  made["wnut17-p_tuning_v2"] = [
+    *(*recipe, "--task", "tagging", "--method", "p_tuning_v2", "--set", "length=50"),
+    *("--train", f"{wnut}/wnut17train.conll", "--eval", f"{wnut}/emerging.test.annotated"),
+    *("--length", "96", "--lr", "1e-2"),
+  ]
+  made["sst2-cloze"] = [
+    *("--model", str(args.smollm2), *sst2, "--method", "p_tuning", "--steps", "120"),
+    *("--template", CLOZE["template"], "--verbalizer", CLOZE["verbalizer"], "--batch", "16"),
+    *("--length", "80", "--lr", "1e-3"),
+  ]
+  return made
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--data", required=True, help="folder that holds sst2/ and wnut17/")
+  parser.add_argument("--minilm", help="folder of all-MiniLM-L6-v2")
+  parser.add_argument("--smollm2", help="folder of SmolLM2-135M-Instruct")
+  parser.add_argument("--runs", nargs="+", help="which; all by default")
+  parser.add_argument("--out", default="runs/prompts")
+  args = parser.parse_args()
+  out = pathlib.Path(args.out)
+  out.mkdir(parents=True, exist_ok=True)
+  file = out / "prompts.json"
+  results = json.loads(file.read_text()) if file.is_file() else {}
+  made = jobs(args)
+  for name in args.runs or made:
+    folder = out / name
+    if not (folder / "report.json").is_file():
+      finetune.main([*made[name], "--out", str(folder), "--overwrite"])
+    report = json.loads((folder / "report.json").read_text())
+    keys = ("metric", "parameters", "steps", "time", "settings", "versions")
+    results[name] = {key: report[key] for key in keys}
+    write(file, json.dumps(results, indent=1) + "\n")
+  lines = ["# Prompts and prefixes on test files\n"]
+  lines += [
+    "| run | score | before | after | stored | steps | rate |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for name, done in results.items():
+    metric, settings = done["metric"], done["settings"]
+    scores = f"{metric['name']} | {metric['before']:.4f} | {metric['after']:.4f}"
+    stored = f"{done['parameters']['stored']:,}"
+    lines.append(f"| {name} | {scores} | {stored} | {done['steps']} | {settings['lr']} |")
+  lines.append(f"\nThe cloze: `{CLOZE['template']}`, {CLOZE['verbalizer']}.")
+  write(out / "prompts.md", "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+  main()
