@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, tensor by tensor.
+"""Hugging Face folders in, tensor by tensor.
 
 A parameter's path is the checkpoint's name with `/` for `.`; `kernel`, `scale` and `embedding` are
 what torch calls `weight`, and a kernel is its transpose.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.core import meta
 
 from pelt_jax._node import walk
-from pelt_jax.models import _bart, _bert, _bert_lm, _gpt2, _llama, _t5
+from pelt_jax.models import _bert
 from pelt_jax.models._config import Config, read_config
 from pelt_jax.models._config_seq2seq import T5Config
+from pelt_jax.models._families import from_config
 from pelt_jax.models._layers import stack_layers, stacks, to_looped
 from pelt_jax.models._names import (
   COPIES,
@@ -36,41 +35,12 @@ from pelt_jax.models._names import (
   torch_name,
   transposed,
 )
-from pelt_jax.models._safetensors import Entry, read_header, write, write_atomically
+from pelt_jax.models._safetensors import Entry, read_header
 
 _log = logging.getLogger(__name__)
 
-TASKS = ("lm", "mlm", "cloze", "classification", "tagging", "encoder", "seq2seq")
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-_LLAMA = {
-  "lm": _llama.LlamaForCausalLM,
-  "cloze": _llama.LlamaForCausalLM,
-  "classification": _llama.LlamaForSequenceClassification,
-  "tagging": _llama.LlamaForTokenClassification,
-  "encoder": _llama.LlamaModel,
-}
-_BERT = {
-  "classification": _bert.BertForSequenceClassification,
-  "tagging": _bert.BertForTokenClassification,
-  "encoder": _bert.BertModel,
-}
-_CLASSES: dict[str, dict[str, Any]] = {
-  "bert": _BERT | dict.fromkeys(("mlm", "cloze"), _bert_lm.BertForMaskedLM),
-  "roberta": _BERT
-  | {"classification": _bert.RobertaForSequenceClassification}
-  | dict.fromkeys(("mlm", "cloze"), _bert_lm.RobertaForMaskedLM),
-  "gpt2": {
-    "lm": _gpt2.GPT2LMHeadModel,
-    "cloze": _gpt2.GPT2LMHeadModel,
-    "classification": _gpt2.GPT2ForSequenceClassification,
-    "tagging": _gpt2.GPT2ForTokenClassification,
-    "encoder": _gpt2.GPT2Model,
-  },
-  "bart": {"seq2seq": _bart.BartForConditionalGeneration},
-  "t5": {"seq2seq": _t5.T5ForConditionalGeneration},
-}
 # Only copied: the library itself never reads them.
-_SIDE_FILES = (
+SIDE_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
   "tokenizer.model",
@@ -82,69 +52,6 @@ _SIDE_FILES = (
   "merges.txt",
   "generation_config.json",
 )
-
-
-def from_config(
-  config: Config | Mapping[str, Any],
-  *,
-  task: str = "lm",
-  num_labels: int | None = None,
-  dtype: Any = jnp.float32,
-  scan: bool = False,
-  remat: bool = False,
-) -> nn.Module:
-  """Builds a model without weights; `model.init` draws random ones.
-
-  Args:
-    config: a configuration, or the contents of a Hugging Face `config.json`.
-    task: "lm", "mlm", "classification", "tagging", "encoder" or "seq2seq": it brings the head.
-      "cloze" is the family's language model: "mlm" of encoders, "lm" of decoders.
-    num_labels: for classification and tagging; by default what the configuration says.
-    dtype: of parameters and computation: float32, bfloat16, float16 or float64.
-    scan: one compiled layer with stacked parameters instead of a loop.
-    remat: keep only the layers' inputs for the backward pass.
-
-  Returns:
-    A Linen module. It is called with `(input_ids, attention_mask=None, position_ids=None, ...,
-    deterministic=True)` and has `config`, `dtype` and `roles`.
-
-  Raises:
-    ValueError: an unknown task or dtype, or one that the family or the session cannot serve.
-
-  >>> raw = {
-  ...   "model_type": "llama",
-  ...   "hidden_size": 8,
-  ...   "intermediate_size": 8,
-  ...   "num_hidden_layers": 2,
-  ...   "num_attention_heads": 2,
-  ...   "vocab_size": 11,
-  ... }
-  >>> model = from_config(raw)
-  >>> ids = jnp.array([[1, 2, 3]])
-  >>> model.apply(model.init(jax.random.key(0), ids), ids).shape
-  (1, 3, 11)
-  """
-  if not isinstance(config, Config):
-    config = read_config(config)
-  name = jnp.dtype(dtype).name
-  if name not in _DTYPES:
-    raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name}")
-  if jax.dtypes.canonicalize_dtype(name) != name:
-    raise ValueError("dtype float64 needs 64-bit JAX: jax.config.update('jax_enable_x64', True)")
-  classes = _CLASSES.get(config.model_type, _LLAMA)
-  if task not in classes:
-    known = f"for {config.model_type}: {', '.join(classes)}" if task in TASKS else ", ".join(TASKS)
-    hint = {
-      "seq2seq": "; a decoder learns prompts and completions with task='lm'",
-      "lm": "; an encoder-decoder is trained with task='seq2seq'",
-    }.get(task, "")
-    hint = hint if {"lm", "seq2seq"} & set(classes) else ""
-    raise ValueError(f"task {task!r} is not one of those known {known}{hint}")
-  if num_labels is not None:
-    if task not in ("classification", "tagging"):
-      raise ValueError(f"num_labels is for classification and tagging, the task is {task!r}")
-    config = config.replace(num_labels=num_labels)
-  return classes[task](config, jnp.dtype(dtype), scan, remat)
 
 
 def from_pretrained(
@@ -202,53 +109,6 @@ def from_pretrained(
   return model, _assemble(model, read, lambda path, value: jnp.asarray(value))
 
 
-def save_pretrained(folder: str | Path, model: nn.Module, params: Mapping[str, Any]) -> None:
-  """Writes a folder that Hugging Face transformers loads: config.json, model.safetensors.
-
-  Tokenizer files are copied from the folder that the model was loaded from. Each file is written
-  under a temporary name and renamed, config.json last.
-
-  Args:
-    folder: made if it does not exist.
-    model: the module the parameters belong to.
-    params: plain parameters, looped or scanned as the model is.
-
-  Raises:
-    ValueError: a node is still in the tree (merge first), or leaves are missing, unexpected or of
-      other shapes than the model's.
-
-      save_pretrained("merged/", model, pelt.merge(params))
-  """
-  folder = Path(folder)
-  leaves = _plain_leaves(params)
-  _check_tree(model, leaves)
-  where: dict[str, tuple[str, int | None]] = {}
-  shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
-  for path, leaf in leaves.items():
-    for i, name in enumerate(_looped_paths(model, path)):
-      stacked = name != path
-      shape = leaf.shape[1:] if stacked else leaf.shape
-      tensor = torch_name(name)
-      where[tensor] = (path, i if stacked else None)
-      shapes[tensor] = (shape[::-1] if transposed(name, model) else shape, leaf.dtype)
-
-  def get(tensor: str) -> np.ndarray:
-    path, i = where[tensor]
-    value = np.asarray(leaves[path] if i is None else leaves[path][i])
-    return value.T if transposed(path, model) else value
-
-  folder.mkdir(parents=True, exist_ok=True)
-  write(folder / "model.safetensors", shapes, get, {"format": "pt"})
-  if model.config.source is not None and Path(model.config.source).resolve() != folder.resolve():
-    for name in _SIDE_FILES:
-      if (file := Path(model.config.source) / name).is_file():
-        temporary = folder / f".{name}.tmp"
-        shutil.copyfile(file, temporary)
-        temporary.replace(folder / name)
-  text = json.dumps(_raw_config(model, next(iter(leaves.values())).dtype), indent=2) + "\n"
-  write_atomically(folder / "config.json", [text.encode()])
-
-
 def abstract_params(model: nn.Module) -> dict[str, Any]:
   """Shapes and dtypes of the model's parameters, without computing any."""
   # Tracing one scanned layer is much faster than tracing all of them.
@@ -278,7 +138,7 @@ def _equal(a: Entry, b: Entry | None) -> bool:
   return b is None or (a.shape == b.shape and bool((a.read() == b.read()).all()))
 
 
-def _optional(model: nn.Module, path: str) -> bool:
+def optional(model: nn.Module, path: str) -> bool:
   return isinstance(model, _bert.BertModel) and path.startswith("pooler/")
 
 
@@ -300,7 +160,7 @@ def _reader(
         problems.append(f"{found} has shape {entries[found].shape}, expected {shape}{hint}")
       readers[path] = _tensor(entries[found], leaf.dtype, transposed(path, model))
     elif FRESH.match(path):
-      if not _optional(model, path):
+      if not optional(model, path):
         fresh.append(name)
         readers[path] = _fresh(path, leaf, key, model.config.initializer_range)
     else:
@@ -354,7 +214,7 @@ def _assemble(
   """Reads leaf after leaf; a scanned leaf is stacked before the next one is read."""
   out: dict[str, Any] = {}
   for path, _ in walk(abstract_params(model)):
-    names = _looped_paths(model, path)
+    names = looped_paths(model, path)
     if names[0] not in read:
       continue
     if names == [path]:
@@ -405,7 +265,7 @@ def _layer(model: nn.Module, path: str) -> tuple[str | None, str, int]:
   return None, "", 0
 
 
-def _looped_paths(model: nn.Module, path: str) -> list[str]:
+def looped_paths(model: nn.Module, path: str) -> list[str]:
   """The paths of the tensors behind a leaf: itself, or one per layer of a scanned stack."""
   for stack, length in stacks(model) if model.scan else ():
     if path.startswith(stack + "/"):
@@ -419,51 +279,6 @@ def insert(tree: dict[str, Any], path: str, value: Any) -> None:
   for k in heads:
     tree = tree.setdefault(k, {})
   tree[last] = value
-
-
-def _plain_leaves(params: Mapping[str, Any]) -> dict[str, Any]:
-  leaves = dict(walk(params))
-  for path, leaf in leaves.items():
-    if isinstance(leaf, nn.Partitioned):  # a box of sharding names, not a node
-      leaves[path] = leaf = leaf.unbox()
-    if isinstance(leaf, meta.AxisMetadata) or not hasattr(leaf, "dtype"):
-      raise ValueError(
-        f"{path!r} holds a {type(leaf).__name__}; only plain arrays can be saved. "
-        "Fold the nodes into the weights first: save_pretrained(folder, model, pelt.merge(params))"
-      )
-  return leaves
-
-
-def _check_tree(model: nn.Module, leaves: Mapping[str, Any]) -> None:
-  expected = dict(walk(abstract_params(model)))
-  problems = [
-    f"{p} is missing, expected shape {expected[p].shape}"
-    for p in expected
-    if p not in leaves and not _optional(model, p)
-  ]
-  problems += [f"{p} {leaves[p].shape} is unexpected" for p in leaves if p not in expected]
-  problems += [
-    f"{p} has shape {leaves[p].shape}, expected {expected[p].shape}"
-    for p in leaves
-    if p in expected and leaves[p].shape != expected[p].shape
-  ]
-  if problems:
-    raise ValueError("params do not fit the model:\n  " + "\n  ".join(problems[:20]))
-
-
-def _raw_config(model: nn.Module, dtype: Any) -> dict[str, Any]:
-  config = model.config
-  raw = dict(config.raw) | {
-    "architectures": [model.architecture],
-    "torch_dtype": jnp.dtype(dtype).name,
-  }
-  raw.pop("dtype", None)  # transformers 5 prefers it over torch_dtype, and it may be another
-  if config.num_labels != len(raw.get("id2label") or {}):
-    labels = [f"LABEL_{i}" for i in range(config.num_labels)]
-    raw["num_labels"] = config.num_labels
-    raw["id2label"] = {str(i): name for i, name in enumerate(labels)}
-    raw["label2id"] = {name: i for i, name in enumerate(labels)}
-  return raw
 
 
 def _folder(source: str | Path) -> Path:
@@ -481,7 +296,7 @@ def _folder(source: str | Path) -> Path:
   try:
     return Path(
       huggingface_hub.snapshot_download(
-        str(source), allow_patterns=["config.json", "*.safetensors*", *_SIDE_FILES]
+        str(source), allow_patterns=["config.json", "*.safetensors*", *SIDE_FILES]
       )
     )
   except Exception as error:

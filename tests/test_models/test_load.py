@@ -9,7 +9,7 @@ import safetensors.numpy
 
 import pelt_jax as pelt
 from pelt_jax import models
-from pelt_jax.models._load import torch_name
+from pelt_jax.models._names import torch_name
 from tests.test_models.helpers import PAIRS, SEQ2SEQ_PAIRS, build, built, random_params, tokens
 
 
