@@ -68,17 +68,18 @@ def test_the_mlp_folds_to_the_table_it_makes(name):
 
 @LONG
 @pytest.mark.parametrize("name", DEEP)
-def test_looped_equals_scanned(name):
+def test_looped_equals_scanned_and_rematerialized(name):
   looped, base = built(name, task_of(name), scan=False)
   sites = pelt.sites(looped, tokens(2, 6))
+  ids = tokens(2, 6)
   for reparametrize in (True, False):
     method = pelt.prefix_tuning(4, reparametrize=reparametrize, hidden=8)
     params = pelt.fold(method.init(jax.random.key(1), base, sites))
-    scanned = looped.clone(scan=True)
-    ids = tokens(2, 6)
     want = pelt.bypass(looped.apply)({"params": params}, ids)
-    got = pelt.bypass(scanned.apply)({"params": models.to_scanned(params, scanned)}, ids)
-    close(got, want, 2e-6)
+    for scan, remat in ((True, False), (False, True), (True, True)):
+      other = looped.clone(scan=scan, remat=remat)
+      there = models.to_scanned(params, other) if scan else params
+      close(pelt.bypass(other.apply)({"params": there}, ids), want, 2e-6)
     assert float(jnp.abs(want - looped.apply({"params": base}, ids)).max()) > 1e-3
 
 
