@@ -282,6 +282,12 @@ class Bypass(Node):
     """Receives the module's own arguments, returns its output; `call.next` runs what is inside."""
     raise NotImplementedError
 
+  def unmergeable(self) -> str:
+    """Why no weight computes what this node does."""
+    branches = [v for _, v in self.children() if isinstance(v, Branch)]
+    why = [reason for branch in branches if (reason := branch.unmergeable())]
+    return ": ".join([f"{type(self).__name__} wraps a module call", *why[:1]])
+
 
 class Branch(Node):
   """A function `x -> delta` inside a placement."""
@@ -289,6 +295,11 @@ class Branch(Node):
   def __call__(self, call: Any, x: jax.Array) -> jax.Array:
     """The branch's output for `x`."""
     raise NotImplementedError
+
+  def unmergeable(self) -> str | None:
+    """Why it is no matrix, or None: then the one within tells."""
+    inside = [v for _, v in self.children() if isinstance(v, Branch)]
+    return next((why for branch in inside if (why := branch.unmergeable())), None)
 
 
 class Generator(Node):
@@ -308,6 +319,9 @@ class Chain(Bypass):
     for i, node in enumerate(self.nodes):
       call = call.wrapped(node, i)
     return call.next(*args, **kwargs)
+
+  def unmergeable(self) -> str:
+    return "; ".join(node.unmergeable() for node in self.nodes)
 
 
 def strip(value: Any) -> Any:

@@ -21,11 +21,13 @@ class Role(NamedTuple):
     pattern: a glob on whole path components, matching the full path or any tail of it.
     placement: how a bypass sits there (`"after"`, `"before"`, `"prefix"`, ...), None for weights.
     tap: what the branch reads (see `Call.tap`), None for the placement's own input.
+    residual: where the residual stream enters the sublayer, if that is another place.
   """
 
   pattern: str
   placement: str | None = None
   tap: str | None = None
+  residual: str | None = None
 
 
 class Served(NamedTuple):
@@ -34,6 +36,7 @@ class Served(NamedTuple):
   role: str
   placement: str | None
   tap: str | None
+  residual: str | None = None
 
 
 Roles = Mapping[str, Iterable[Role]]
@@ -102,7 +105,7 @@ def with_roles(sites: Iterable[Site], roles: Roles | None) -> tuple[Site, ...]:
   entries = [(role, Role(*entry)) for role, some in (roles or {}).items() for entry in some]
 
   def served(path: str) -> tuple[Served, ...]:
-    return tuple(Served(r, e.placement, e.tap) for r, e in entries if matches(e.pattern, path))
+    return tuple(Served(r, *e[1:]) for r, e in entries if matches(e.pattern, path))
 
   return tuple(
     dataclasses.replace(s, roles=served(s.path) + (served(s.parent) if s.kind == "leaf" else ()))

@@ -166,9 +166,7 @@ def merge(params: Mapping[str, Any]) -> dict:
   """
   stuck, params = [], fold(params)
   for path, value in walk(params):
-    if isinstance(value, Bypass):
-      stuck.append(f"{path}: {type(value).__name__} wraps a module call")
-    elif isinstance(value, Weight) and (why := value.unmergeable()):
+    if isinstance(value, Bypass | Weight) and (why := value.unmergeable()):
       stuck.append(f"{path}: {why}")
   if stuck:
     raise ValueError("these nodes cannot be merged into plain params:\n  " + "\n  ".join(stuck))

@@ -291,6 +291,7 @@ class T5ForConditionalGeneration(Seq2Seq):
       return tuple(Role(f"{a}/{name}", *more) for a in ("SelfAttention", "EncDecAttention"))
 
     wide = ("wi_0", "wi_1") if self.config.gated else ("wi",)
+    layer, stream = "block/layer" if self.scan else "block/*/layer", "../layer_norm:in"
     return {
       "query": attention("q"),
       "key": attention("k"),
@@ -298,7 +299,15 @@ class T5ForConditionalGeneration(Seq2Seq):
       "attention_out": attention("o"),
       "ffn_in": tuple(Role(f"DenseReluDense/{name}") for name in wide),
       "ffn_out": (Role("DenseReluDense/wo"),),
-      "ffn": (Role("DenseReluDense", "after", "in"),),
+      "attention_heads": attention("o", "before", "../in"),
+      "attention_block": (Role(f"{layer}/0/dropout", "after", "../SelfAttention:in", stream),),
+      "cross_attention_block": (
+        Role(f"decoder/{layer}/1/dropout", "after", "../EncDecAttention:in", stream),
+      ),
+      "ffn": tuple(
+        Role(f"{part}/{layer}/{i}/dropout", "after", "../DenseReluDense:in", stream)
+        for part, i in (("encoder", 1), ("decoder", 2))
+      ),
       "attention": attention("core", "prefix"),
       "embedding": (Role("shared"),),
       "norm": (Role("layer_norm"), Role("final_layer_norm")),

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pelt_jax._node import Branch, extra, own, product, static
+from pelt_jax._node import Branch, extra, materialize, own, product, static
 
 ACTIVATIONS = {
   "relu": jax.nn.relu,
@@ -18,14 +19,15 @@ ACTIVATIONS = {
 
 
 class Bottleneck(Branch):
-  """`scaling * (activation(x @ down + down_bias) @ up + up_bias)`.
+  """`scaling * (dropout(activation(x @ down + down_bias)) @ up + up_bias)`.
 
   Attributes:
     down: (d, m).
     down_bias: (m,) or None.
     up: (m, d).
     up_bias: (d,) or None.
-    scaling: (), or one per stacked layer.
+    scaling: None, () or (d,); as a `Tuned` it trains.
+    dropout: None or a `Dropout`.
     activation: a key of `ACTIVATIONS`.
   """
 
@@ -34,12 +36,48 @@ class Bottleneck(Branch):
   up: Any = own()
   up_bias: Any = own()
   scaling: Any = extra()
+  dropout: Any = extra()
   activation: str = static("relu")
 
   def __call__(self, call: Any, x: jax.Array) -> jax.Array:
     h = _affine(x, self.array("down"), self.array("down_bias"))
-    h = _affine(ACTIVATIONS[self.activation](h), self.array("up"), self.array("up_bias"))
-    return h if self.scaling is None else h * jnp.asarray(self.scaling, x.dtype)
+    h = ACTIVATIONS[self.activation](h)
+    if self.dropout is not None:
+      h = self.dropout(call, h)
+    h = _affine(h, self.array("up"), self.array("up_bias"))
+    if self.scaling is None:
+      return h
+    scaling = jnp.asarray(materialize(self.scaling), x.dtype)
+    return h * scaling.reshape((1,) * (h.ndim - scaling.ndim) + scaling.shape)
+
+  def unmergeable(self) -> str | None:
+    if self.activation == "identity":
+      return None
+    return f"the activation {self.activation!r} stands between its two matrices"
+
+
+class Normalized(Branch):
+  """`branch(scale * (x - mean(x)) / sqrt(var(x) + epsilon) + bias)`: a norm that trains.
+
+  Attributes:
+    scale: (d,).
+    bias: (d,).
+    branch: what reads the normalized input.
+    epsilon: added to the variance.
+  """
+
+  scale: Any = own()
+  bias: Any = own()
+  branch: Any = own()
+  epsilon: float = static(1e-5)
+
+  def __call__(self, call: Any, x: jax.Array) -> jax.Array:
+    wide = jnp.asarray(x, np.promote_types(x.dtype, jnp.float32))
+    apart = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    root = jax.lax.rsqrt(jnp.mean(apart**2, axis=-1, keepdims=True) + self.epsilon)
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    scale, bias = (jnp.asarray(self.array(n), wide.dtype).reshape(shape) for n in ("scale", "bias"))
+    return self.branch(call, jnp.asarray(apart * root * scale + bias, x.dtype))
 
 
 class Gated(Branch):
@@ -55,6 +93,9 @@ class Gated(Branch):
 
   def __call__(self, call: Any, x: jax.Array) -> jax.Array:
     return self.gate(call.salt(0), x) * self.branch(call.salt(1), x)
+
+  def unmergeable(self) -> str:
+    return "its gate depends on the input"
 
 
 class MeanGate(Branch):

@@ -9,23 +9,30 @@ from pelt_jax._node import Branch, Bypass, extra, own, static
 
 
 class After(Bypass):
-  """`y + branch(y)`, or `y + branch(tap)`: Houlsby's and parallel adapters.
+  """`y + branch(y)`, `y + branch(tap)`, or `y + branch(tap + y)`.
 
-  A module that returns a tuple has its first item changed.
+  Houlsby's adapters, parallel ones, and Pfeiffer's where the residual stream is not normalized. A
+  module that returns a tuple has its first item changed.
 
   Attributes:
     branch: what is added.
     tap: what the branch reads (`Call.tap`); None reads the output.
+    plus: whether the output is added to what is tapped.
   """
 
   branch: Any = own()
   tap: str | None = static()
+  plus: bool = static(False)
 
   def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
     source = None if self.tap is None else call.tap(self.tap)
     out = call.next(*args, **kwargs)
     y = out[0] if isinstance(out, tuple) else out
-    y = y + self.branch(call, y if source is None else source)
+    if source is None:
+      source = y
+    elif self.plus:
+      source = source + y
+    y = y + self.branch(call, source)
     return (y, *out[1:]) if isinstance(out, tuple) else y
 
 

@@ -88,7 +88,7 @@ def cloze(apply: Callable, words: Words) -> Callable:
 
   def classify(variables: Any, input_ids: jax.Array, *args: Any, at: Any, **kwargs: Any):
     logits = apply(variables, input_ids, *args, at=at, **kwargs)
-    wide = jnp.asarray(logits, jnp.promote_types(logits.dtype, jnp.float32))
+    wide = jnp.asarray(logits, np.promote_types(logits.dtype, jnp.float32))
     return jnp.einsum("bcw,cw->bc", wide[:, ids], jnp.asarray(shares, wide.dtype))
 
   return classify
