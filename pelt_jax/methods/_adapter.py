@@ -1,6 +1,6 @@
 """Bottleneck adapters: Houlsby (1902.00751), Pfeiffer (2005.00247), parallel (2110.04366)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -139,9 +139,11 @@ def adapter(
       return bottleneck
     if reduction is None and own.bottleneck is not None:
       return own.bottleneck
-    return max(1, d // (reduction or own.reduction or 16))
+    factor = reduction or own.reduction
+    assert factor is not None
+    return max(1, d // factor)
 
-  def branch(key: jax.Array, site: Site, kind: type[Bypass]) -> Any:
+  def branch(key: jax.Array, site: Site, kind: Callable[..., Bypass]) -> Any:
     # Before the projection of the heads stands what they give, which may be wider.
     n_in, n_out = site.out[-1], site.shape[-1] if kind is Before else site.out[-1]
     m, lead, wanted = width(site, n_in), site.stacked, jnp.dtype(dtype or site.dtype)
@@ -160,14 +162,14 @@ def adapter(
     )
     if norm:
       ones = jnp.ones((*lead, n_in), wanted)
-      made = Normalized(ones, zeros(n_in), made, group=group, stacked=len(lead))
+      made = Normalized(ones, zeros(n_in), made, 1e-5, group=group, stacked=len(lead))
     return made
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
     for target in _placed(sites, where, reads, layers):
       site, (make, fields) = target.site, _placement(target, style, reads)
       inside = branch(site_key(key, site.path), site, make)
-      node = make(inside, **fields, group=group, stacked=len(site.stacked))
+      node = make(branch=inside, **fields, group=group, stacked=len(site.stacked))
       params = add_bypass(params, sites, site.path, node)
     return params
 
@@ -203,7 +205,9 @@ def _placed(
   return find(sites, names, kind="call", layers=layers)
 
 
-def _placement(target: Target, style: str, reads: str) -> tuple[type[Bypass], dict[str, Any]]:
+def _placement(
+  target: Target, style: str, reads: str
+) -> tuple[Callable[..., Bypass], dict[str, Any]]:
   """The placement's class and its own fields."""
   site, served = target
   kind = None if served is None else served.placement
