@@ -30,6 +30,7 @@ from pelt_jax._tree import value_and_grad as value_and_grad
 from pelt_jax.methods._adapter import adapter as adapter
 from pelt_jax.methods._bitfit import bitfit as bitfit
 from pelt_jax.methods._lora import lora as lora
+from pelt_jax.methods._mam import mam as mam
 from pelt_jax.methods._p_tuning import p_tuning as p_tuning
 from pelt_jax.methods._prefix_tuning import p_tuning_v2 as p_tuning_v2
 from pelt_jax.methods._prefix_tuning import prefix_from as prefix_from
@@ -40,4 +41,5 @@ from pelt_jax.methods._prompt_tuning import prompt_tuning as prompt_tuning
 from pelt_jax.methods._prompt_tuning import virtual_tokens as virtual_tokens
 from pelt_jax.methods._train import full as full
 from pelt_jax.methods._train import train as train
+from pelt_jax.methods._unipelt import unipelt as unipelt
 from pelt_jax.nodes._bank import bank as bank

@@ -144,12 +144,14 @@ class Call:
     frame: the module call that the node wraps.
     context: the run-time keywords of `bypass`.
     salts: numbers folded into this node's random keys.
+    row: in a bank, the batch row that this member serves.
   """
 
   next: Callable
   frame: Frame
   context: Context
   salts: tuple = ()
+  row: Any = None
 
   @property
   def module(self) -> Any:
@@ -235,6 +237,20 @@ class Call:
     """The same call with a number (a row, a layer; may be traced) folded into its keys."""
     return dataclasses.replace(self, salts=(*self.salts, number))
 
+  def of_row(self, number: Any) -> "Call":
+    """The same call for one batch row (traced) of a bank."""
+    return dataclasses.replace(self.salt(number), row=number)
+
+  def mine(self, value: Any) -> Any:
+    """An argument with the batch as first axis, as this member sees it: in a bank its row alone."""
+    return value if self.row is None else jnp.take(value, self.row, axis=0)[None]
+
+  @property
+  def causal(self) -> bool:
+    """Whether the nearest enclosing module says that its positions see no later ones."""
+    flags = (getattr(frame.module, "causal", None) for frame in self.frame.climb())
+    return bool(next((f for f in flags if f is not None), False))
+
   def wrapped(self, node: Any, position: int) -> "Call":
     """The call as the next outer node of a chain sees it."""
     inner = self.salt(position)
@@ -243,8 +259,14 @@ class Call:
 
   def record(self, name: str, value: jax.Array) -> None:
     """Hands `value` out under `name` if `bypass` was called with `record` naming it."""
-    if name in self.context.record:
-      self.frame.sow(name, value)
+    if name not in self.context.record:
+      return
+    if self.row is not None:
+      raise ValueError(
+        f"record={name!r}: {self.path!r} holds a bank, whose members' values cannot be handed out; "
+        "run the member's own params"
+      )
+    self.frame.sow(name, value)
 
   def picked(self, members: Any, batch: int, count: int) -> Any:
     """The members' arrays gathered by `rows`: their leading axis becomes the batch's.

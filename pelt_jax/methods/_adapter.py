@@ -133,7 +133,7 @@ def adapter(
           f"bottleneck={dict(bottleneck)} differs by layer, but a scan stacks the layers at "
           f"{site.path!r}; load the model with scan=False, or use to_looped first"
         )
-      if site.layer in bottleneck:
+      if site.layer is not None and site.layer in bottleneck:
         return bottleneck[site.layer]
     elif bottleneck is not None:
       return bottleneck

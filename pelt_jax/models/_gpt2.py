@@ -171,6 +171,8 @@ class _GPT2(nn.Module):
 class GPT2Model(_GPT2):
   """The bare decoder (task "encoder"): token ids to hidden states (B, T, hidden_size)."""
 
+  causal = True
+
   prefix = ""
 
   def setup(self) -> None:

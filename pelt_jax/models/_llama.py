@@ -206,6 +206,8 @@ class _Decoder(nn.Module):
 class LlamaModel(_Decoder):
   """The bare decoder (task "encoder"): token ids to hidden states (B, T, hidden_size)."""
 
+  causal = True
+
   prefix = ""
 
   def setup(self) -> None:

@@ -212,6 +212,11 @@ class T5Stack(nn.Module):
   remat: bool
   decoder: bool
 
+  @property
+  def causal(self) -> bool:
+    """Whether positions see no later ones."""
+    return self.decoder
+
   @nn.compact
   def __call__(
     self,

@@ -85,7 +85,7 @@ class BankWeight(Weight):
     members = call.picked(self.members, x.shape[0], self.count)
 
     def one(member: Weight, row: jax.Array, number: jax.Array) -> jax.Array:
-      return run(member.based(self.base), row, call.salt(number))
+      return run(member.based(self.base), row, call.of_row(number))
 
     return jax.vmap(one)(members, x, jnp.arange(x.shape[0]))
 
@@ -102,7 +102,7 @@ class Bank(Branch):
   def __call__(self, call: Any, x: jax.Array) -> jax.Array:
     count = jax.tree.leaves(self.members)[0].shape[0]
     members = call.picked(self.members, x.shape[0], count)
-    one = lambda m, row, i: m(call.salt(i), row[None])[0]
+    one = lambda m, row, i: m(call.of_row(i), row[None])[0]
     return jax.vmap(one)(members, x, jnp.arange(x.shape[0]))
 
 

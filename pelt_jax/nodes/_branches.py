@@ -99,25 +99,52 @@ class Gated(Branch):
 
 
 class MeanGate(Branch):
-  """One number per row: the mean over real tokens of `sigmoid(x @ kernel + bias)`, (B, 1, 1).
+  """`sigmoid(x @ kernel + bias)`, as a rule the mean over a row's real tokens: (B, 1, g).
+
+  The mean looks at the whole row, so a causal model refuses it.
 
   Attributes:
-    kernel: (d, 1).
-    bias: (1,).
+    kernel: (d, g), one column per gate.
+    bias: (g,).
     mask: name of the enclosing argument that marks real tokens, (B, T); None for all tokens.
+    pool: `"mean"`, or `"token"`: every token has its own gate, (B, T, g).
   """
 
   kernel: Any = own()
   bias: Any = own()
   mask: str | None = static("attention_mask")
+  pool: str = static("mean")
 
   def __call__(self, call: Any, x: jax.Array) -> jax.Array:
     gates = jax.nn.sigmoid(_affine(x, self.array("kernel"), self.array("bias")))
+    if self.pool == "mean":
+      gates = self._mean(call, x, gates)
+    one = gates.shape[-1] == 1
+    call.record(
+      "gates", jnp.squeeze(gates, -1 if self.pool == "token" else (-2, -1)) if one else gates
+    )
+    return gates
+
+  def _mean(self, call: Any, x: jax.Array, gates: jax.Array) -> jax.Array:
+    if call.causal:
+      raise ValueError(
+        f"the gate at {call.path!r} is a mean over the row, in which a causal model would see what "
+        "comes later; use gate_pool='token'"
+      )
     real = call.arg(self.mask, None) if self.mask else None
-    weights = jnp.ones_like(gates) if real is None else jnp.asarray(real, x.dtype)[..., None]
-    gate = jnp.sum(gates * weights, 1, keepdims=True) / jnp.sum(weights, 1, keepdims=True)
-    call.record("gates", gate[:, 0, 0])
-    return gate
+    if real is None:
+      return jnp.mean(gates, -2, keepdims=True)
+    if real.ndim != 2:
+      raise ValueError(
+        f"the gate at {call.path!r} needs {self.mask} (B, T), which marks real tokens; it has "
+        f"shape {real.shape}"
+      )
+    weights = jnp.asarray(call.mine(real), x.dtype)[..., None]
+    weights = weights.reshape(weights.shape[weights.ndim - gates.ndim :])  # a bank's row alone
+    return jnp.sum(gates * weights, -2, keepdims=True) / jnp.sum(weights, -2, keepdims=True)
+
+  def unmergeable(self) -> str:
+    return "its gate depends on the input"
 
 
 def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:

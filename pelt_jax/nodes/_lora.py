@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from pelt_jax import _call
-from pelt_jax._node import Node, Weight, base, extra, materialize, own, product, static, table_rows
+from pelt_jax._node import (
+  Branch,
+  Node,
+  Weight,
+  base,
+  extra,
+  materialize,
+  own,
+  product,
+  static,
+  table_rows,
+)
 
 
 class Dropout(Node):
@@ -43,7 +54,7 @@ class LoraWeight(Weight):
     base: (in, out) in the plain case, an array or another weight node.
     a: (in, rank).
     b: (rank, out).
-    scaling: (), or one per stacked layer; alpha / rank.
+    scaling: (), or one per stacked layer; alpha / rank. Or a branch that gives one from x: a gate.
     dropout: None or a `Dropout` for the input of `a` alone.
     axes: kernel axes : axes of a, axes of b. A letter in both a and b is a batch axis (experts).
   """
@@ -58,23 +69,32 @@ class LoraWeight(Weight):
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
     y = product(eq, x, self.base, _below(call), precision)
     plan = _plan(eq, self.axes)
-    if plan is None:  # both factors hold a contracted axis: only the whole delta can be applied
+    if plan is None and not isinstance(
+      self.scaling, Branch
+    ):  # both factors hold a contracted axis: only the whole delta can be applied
       _refuse_dropout(self.dropout)
       return y + product(eq, x, jnp.asarray(self._delta(), x.dtype), call, precision)
+    if plan is None:
+      raise ValueError(f"a gated LoRA runs a product whose factors part, not {eq!r}")
     down, up, swapped = plan
     first, second = (self.array("b"), self.array("a"))[:: 1 if swapped else -1]
     h = x if self.dropout is None else self.dropout(call, x)
-    h = _scaled(product(down, h, first, None, precision), self.scaling)
+    h = _scaled(product(down, h, first, None, precision), _scale(self.scaling, call, x))
     return y + product(up, h, second, None, precision)
 
   def lookup(self, ids: jax.Array, call: Any = None) -> jax.Array:
     rows = table_rows(self.base, ids, _below(call))
     h = jnp.take(jnp.asarray(self.array("a"), rows.dtype), ids, axis=0)
-    h = _scaled(h, self.scaling)
+    h = _scaled(h, _scale(self.scaling, call, None))
     return rows + product("...i,io->...o", h, self.array("b"))
+
+  def unmergeable(self) -> str | None:
+    return _gated(self.scaling)
 
   def materialize(self) -> jax.Array:
     _refuse_dropout(self.dropout)
+    if isinstance(self.scaling, Branch):
+      return _ungated(self.base)
     whole, delta = materialize(self.base), self._delta()
     wide = np.promote_types(whole.dtype, delta.dtype)
     return jnp.asarray(jnp.asarray(whole, wide) + jnp.asarray(delta, wide), whole.dtype)
@@ -110,7 +130,7 @@ class FusedLora(Weight):
     base: (in, parts * out), or with `fused=0` (parts * out, in).
     a: (g, in, rank), one per chosen part.
     b: (g, rank, out).
-    scaling: (), or one per stacked layer.
+    scaling: (), or one per stacked layer; or a branch that gives one per chosen part from x.
     dropout: None or a `Dropout` for the input of `a`.
     chosen: which parts, g of them.
     parts: how many equal parts the fused axis has.
@@ -132,14 +152,20 @@ class FusedLora(Weight):
       raise ValueError(f"FusedLora runs a plain product of the last axis, not {eq!r}")
     h = x if self.dropout is None else self.dropout(call, x)
     h = jnp.einsum("...i,gir->...gr", h, jnp.asarray(self.array("a"), x.dtype), precision=precision)
-    h = _scaled(h, self.scaling)
+    scaling = _scale(self.scaling, call, x)
+    h = _scaled(h, scaling[..., None] if isinstance(self.scaling, Branch) else scaling)
     h = jnp.einsum(
       "...gr,gro->...go", h, jnp.asarray(self.array("b"), x.dtype), precision=precision
     )
     return y + self._placed(h)
 
+  def unmergeable(self) -> str | None:
+    return _gated(self.scaling)
+
   def materialize(self) -> jax.Array:
     _refuse_dropout(self.dropout)
+    if isinstance(self.scaling, Branch):
+      return _ungated(self.base)
     whole = materialize(self.base)
     dtype = np.promote_types(self.array("a").dtype, np.promote_types(whole.dtype, jnp.float32))
     a, b = (jnp.asarray(self.array(n), dtype) for n in "ab")
@@ -174,6 +200,31 @@ def _scaled(h: jax.Array, scaling: jax.Array) -> jax.Array:
   scaling = jnp.asarray(scaling)
   wide = np.promote_types(h.dtype, scaling.dtype)
   return jnp.asarray(jnp.asarray(h, wide) * jnp.asarray(scaling, wide), h.dtype)
+
+
+def _scale(scaling: Any, call: Any, x: jax.Array | None) -> Any:
+  """The number, or what the gate gives for x."""
+  if not isinstance(scaling, Branch):
+    return scaling
+  if call is None or x is None:
+    raise ValueError("a gated LoRA reads its product's input: it serves no table, and needs a rule")
+  return scaling(call.salt(2), x)
+
+
+def _gated(scaling: Any) -> str | None:
+  return scaling.unmergeable() if isinstance(scaling, Branch) else None
+
+
+def _ungated(base: Any) -> jax.Array:
+  """The base, where a rule will serve the module's calls; else an error, for lack of the input."""
+  context = _call.active()
+  if context is not None and context.in_setup:
+    return materialize(base)
+  where = context.top.path if context is not None and context.top else ""
+  raise RuntimeError(
+    f"the LoRA at {where!r} has a gate that depends on the input, but its module only reads the "
+    "weight. Give the module a rule (pelt.rule)"
+  )
 
 
 def _refuse_dropout(dropout: Dropout | None) -> None:
