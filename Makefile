@@ -11,7 +11,7 @@ PARITY_HAS := torch,transformers,peft,minilm
 ifneq ($(wildcard ../shared/models/smollm2.py),)
 PARITY_HAS := $(PARITY_HAS),smollm2
 endif
-FLAX_HAS := flax_transformers,gemma,torch,peft
+FLAX_HAS := flax_transformers,gemma,torch,peft,adapters
 
 .PHONY: demo test test-parity lint clean
 
@@ -61,10 +61,10 @@ $(VENV)/parity.stamp: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 # Flax models written by others: transformers had them up to 4.57, and encoders that take a prefix
-# from PEFT. Of `gemma` only the layers are used, which need none of what it declares (its training
-# framework brings TensorFlow).
+# from PEFT. AdapterHub's library wants that version too. Of `gemma` only the layers are used, which
+# need none of what it declares (its training framework brings TensorFlow).
 $(FLAX)/test.stamp: pyproject.toml | $(FLAX)/bin/python
 	$(FLAX)/bin/python $(PIP) torch==2.13.0
 	$(FLAX)/bin/python $(PIP) -e ".[test]" transformers==4.57.6 peft==0.21.2
-	$(FLAX)/bin/python $(PIP) --no-deps gemma==3.3.0
+	$(FLAX)/bin/python $(PIP) --no-deps gemma==3.3.0 adapters==1.3.0
 	touch $@

@@ -150,6 +150,7 @@ def _glibc() -> str:
 
 
 PROVIDERS: dict[str, Callable[[], Any]] = {
+  "adapters": _module("adapters"),
   "flax_transformers": _flax_transformers,
   "gemma": _module("gemma"),
   "glibc": _glibc,

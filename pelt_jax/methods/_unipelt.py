@@ -59,9 +59,9 @@ def unipelt(
   come out by `record="gates"`, one per row and layer.
 
   The released code averages over padding too: `gate_pool="mean_all"`, for parity. A mean over the
-  row shows a causal model what comes later, which is an error; `gate_pool="token"` gives every
-  token its own gates, and the prefix, which belongs to no token, a number per layer that trains
-  from 0.5.
+  row shows a causal model what comes later. There `"mean"` is an error, `"mean_all"` one in
+  generation, and `gate_pool="token"` gives every token its own gates and the prefix, which belongs
+  to no token, a number per layer that trains from 0.5.
 
   Args:
     length: keys and values of each prefix.

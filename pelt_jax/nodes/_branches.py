@@ -101,7 +101,8 @@ class Gated(Branch):
 class MeanGate(Branch):
   """`sigmoid(x @ kernel + bias)`, as a rule the mean over a row's real tokens: (B, 1, g).
 
-  The mean looks at the whole row, so a causal model refuses it.
+  The mean looks at the whole row, so a causal model refuses it; over all tokens, padding included,
+  it is refused in generation alone, for parity with code that does so.
 
   Attributes:
     kernel: (d, g), one column per gate.
@@ -126,7 +127,7 @@ class MeanGate(Branch):
     return gates
 
   def _mean(self, call: Any, x: jax.Array, gates: jax.Array) -> jax.Array:
-    if call.causal:
+    if call.causal and (self.mask or call.arg("cache_length", None) is not None):
       raise ValueError(
         f"the gate at {call.path!r} is a mean over the row, in which a causal model would see what "
         "comes later; use gate_pool='token'"
