@@ -56,10 +56,14 @@ def ensemble(apply: Callable, members: int, by: str = "majority") -> Callable:
 
   Returns:
     `apply(variables, input_ids, ...) -> (B, ..., C)` for params that `pelt.bank` made, heads
-    included where they train. Arguments whose first axis is the batch are repeated.
+    included where they train. Arguments whose first axis is the batch are repeated. Every method
+    but `full` serves: a table that is looked up once for all rows, such as BERT's token types, has
+    no members.
 
   Raises:
-    ValueError: `members` is less than 1, or more than the bank has (when it runs).
+    ValueError: `members` is less than 1, or more than the bank has, or what differs by member does
+      not meet every row (both when it runs).
+    RuntimeError: A weight that differs by member is in a module without a rule (when it runs).
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, pelt_jax as pelt
