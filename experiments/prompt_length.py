@@ -5,7 +5,7 @@
 
 Everything but --lengths, --seeds and --out goes to finetune.py; choose the length on a development
 file. A prompt's tokens come on top of --length. Writes results.json, results.md and lengths.png; a
-run that is done already is not run again.
+run that is done already is not run again, and one folder serves one job.
 """
 
 import argparse
@@ -80,6 +80,12 @@ def main(argv: list[str] | None = None) -> dict:
     raise ValueError("--lengths and --seeds: expected positive numbers")
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
+  same = out / "job.json"
+  if same.is_file() and (before := json.loads(same.read_text())) != job:
+    raise ValueError(
+      f"--out {out} holds runs of another job, {' '.join(before)}: name a new folder"
+    )
+  write(same, json.dumps(job) + "\n")
   found = search(args.lengths, args.seeds, out, job)
   lines = [
     f"# {found['metric']} by length\n",

@@ -245,7 +245,7 @@ def prefix_of(params: dict) -> dict[str, tuple[jax.Array, jax.Array]]:
     As `prefix_from`.
 
   Raises:
-    ValueError: if params hold no prefix, or a bank of them.
+    ValueError: if params hold no prefix, a bank of them, or several at one place.
 
   Example:
     >>> import jax.numpy as jnp, pelt_jax as pelt
@@ -260,6 +260,8 @@ def prefix_of(params: dict) -> dict[str, tuple[jax.Array, jax.Array]]:
         raise ValueError(f"{path!r} holds a bank of prefixes; give the params of one member")
       if isinstance(node, Prefix):
         site = path.removesuffix("bypass").removesuffix("/")
+        if site in found:
+          raise ValueError(f"{path!r} holds several prefixes; init takes one")
         found[site] = (node.array("keys"), node.array("values"))
   if not found:
     raise ValueError("params hold no prefix, such as prefix_tuning or p_tuning_v2 add")

@@ -16,8 +16,10 @@ from pelt_jax.training._compile import Compiled as Compiled
 from pelt_jax.training._encode import encode as encode
 from pelt_jax.training._encoded import Encoded as Encoded
 from pelt_jax.training._encoded import label_list as label_list
+from pelt_jax.training._ensemble import EnsembleScores as EnsembleScores
 from pelt_jax.training._ensemble import Joint as Joint
 from pelt_jax.training._ensemble import ensemble as ensemble
+from pelt_jax.training._ensemble import ensemble_scores as ensemble_scores
 from pelt_jax.training._ensemble import jointly as jointly
 from pelt_jax.training._ensemble import vote as vote
 from pelt_jax.training._evaluate import MAIN_METRIC as MAIN_METRIC

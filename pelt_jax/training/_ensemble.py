@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pelt_jax._tree import combine, partition
+from pelt_jax.nodes._bank import bank
+from pelt_jax.training._encoded import Encoded
+from pelt_jax.training._evaluate import MAIN_METRIC, Evaluator
 from pelt_jax.training._step import TrainStep
 
 
@@ -53,10 +56,14 @@ def ensemble(apply: Callable, members: int, by: str = "majority") -> Callable:
 
   Returns:
     `apply(variables, input_ids, ...) -> (B, ..., C)` for params that `pelt.bank` made, heads
-    included where they train. Arguments whose first axis is the batch are repeated.
+    included where they train. Arguments whose first axis is the batch are repeated. Every method
+    but `full` serves: a table that is looked up once for all rows, such as BERT's token types, has
+    no members.
 
   Raises:
-    ValueError: `members` is less than 1, or more than the bank has (when it runs).
+    ValueError: `members` is less than 1, or more than the bank has, or what differs by member does
+      not meet every row (both when it runs).
+    RuntimeError: A weight that differs by member is in a module without a rule (when it runs).
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, pelt_jax as pelt
@@ -87,6 +94,53 @@ def ensemble(apply: Callable, members: int, by: str = "majority") -> Callable:
   return ask
 
 
+class EnsembleScores(NamedTuple):
+  """What members score alone and together, all by one metric.
+
+  Attributes:
+    metric: Its name, accuracy or entity_f1.
+    members: One score each.
+    average: Their mean.
+    best: The best of them. It is chosen on the data that scores it, so it flatters.
+    majority: Of the majority's votes.
+    mean_logit: Of the mean logits.
+  """
+
+  metric: str
+  members: tuple[float, ...]
+  average: float
+  best: float
+  majority: float
+  mean_logit: float
+
+
+def ensemble_scores(
+  apply: Callable, members: Sequence[Any], data: Encoded, size: int = 32
+) -> EnsembleScores:
+  """Scores members on data, each alone and all together.
+
+  Args:
+    apply: As for `ensemble`.
+    members: Their params, over one base, their heads included.
+    data: What `encode` returned, of a task with classes.
+    size: Rows per batch; the ensemble's have N times as many.
+
+  Raises:
+    ValueError: There are no members, their sites differ, or the task has no classes.
+  """
+  metric, _ = MAIN_METRIC[data.task]
+  if data.task not in ("classification", "tagging"):
+    raise ValueError(f"data has the task {data.task!r}: only classes can be voted for")
+  banked = bank(members)
+  alone = Evaluator(apply, data, size)
+  scores = tuple(alone(member)[metric] for member in members)
+  together = [
+    Evaluator(ensemble(apply, len(members), by), data, size)(banked)[metric]
+    for by in ("majority", "mean_logit")
+  ]
+  return EnsembleScores(metric, scores, float(np.mean(scores)), max(scores), *together)
+
+
 class Joint(NamedTuple):
   """Pure functions that train N members at once, to be jitted by the caller.
 
@@ -111,6 +165,11 @@ def jointly(train: TrainStep) -> Joint:
   Args:
     train: What `train_step` returned.
 
+  Returns:
+    A `Joint`. Its `init` takes members that one method made over one base, whose frozen leaves are
+    those of the first, and raises ValueError where their nodes or shapes differ; its `step` does
+    where there is not one key per member.
+
   Example:
     >>> import jax, jax.numpy as jnp, optax, pelt_jax as pelt
     >>> from pelt_jax import nodes, training
@@ -128,9 +187,17 @@ def jointly(train: TrainStep) -> Joint:
     if not members:
       raise ValueError("members is empty: give the params of at least one run")
     parts = [partition(m, extra=True) for m in members]
-    kinds = [jax.tree.structure(p[:2]) for p in parts]
+    kinds = [jax.tree.structure(p) for p in parts]
     if odd := [i for i, kind in enumerate(kinds) if kind != kinds[0]]:
       raise ValueError(f"members 0 and {odd[0]} have different nodes: give them the same method")
+    shapes = [[jnp.shape(x) for x in jax.tree.leaves(p)] for p in parts]
+    if odd := [i for i, shape in enumerate(shapes) if shape != shapes[0]]:
+      pairs = zip(shapes[0], shapes[odd[0]], strict=True)
+      first, other = next((a, b) for a, b in pairs if a != b)
+      raise ValueError(
+        f"members 0 and {odd[0]} have arrays of shapes {first} and {other} at one place: give them "
+        "the same method with the same options"
+      )
     stack = lambda i: jax.tree.map(lambda *x: jnp.stack(x), *(p[i] for p in parts))
     own, extra, base = stack(0), stack(1), parts[0][2]
 
@@ -143,6 +210,12 @@ def jointly(train: TrainStep) -> Joint:
 
   def step(trainable: Any, frozen: Any, state: Any, batch: Any, keys: jax.Array) -> Any:
     extra, base = frozen
+    count = len(jax.tree.leaves(trainable)[0])
+    if jnp.shape(keys)[:1] != (count,):
+      raise ValueError(
+        f"keys has shape {jnp.shape(keys)}: expected one key for each of {count} members, such as "
+        f"jax.random.split(key, {count})"
+      )
 
     def one(trainable: Any, extra: Any, state: Any, key: jax.Array) -> Any:
       return train.step(trainable, combine(extra, base), state, batch, key)

@@ -236,6 +236,8 @@ def test_another_tasks_prefix_is_where_training_starts(options):
   params = again.init(jax.random.key(9), base, pelt.sites(model, tokens(2, 6)))
   ids = tokens(2, 6)
   np.testing.assert_array_equal(apply({"params": params}, ids), apply({"params": trained}, ids))
-  for wrong, match in ((base, "hold no prefix"), (pelt.bank([trained, trained]), "a bank")):
+  banked = pelt.bank([trained, trained])
+  several = again.init(jax.random.key(8), params, pelt.sites(model, tokens(2, 6)))
+  for wrong, match in ((base, "no prefix"), (banked, "a bank"), (several, "several prefixes")):
     with pytest.raises(ValueError, match=match):
       pelt.prefix_of(wrong)

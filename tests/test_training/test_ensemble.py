@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import pelt_jax as pelt
-from pelt_jax import models, training
+from pelt_jax import models, nodes, training
 from tests.test_training import tiny
 
 N, V = 3, tiny.BERT["vocab_size"]
@@ -30,6 +31,8 @@ def runs(method, dtype=jnp.float32):
 
 PROMPT = pelt.chain(pelt.prompt_tuning(2, init="normal"), pelt.train("head"))
 PREFIX = pelt.chain(pelt.prefix_tuning(2, hidden=4), pelt.train("head"))
+ENCODED = pelt.chain(pelt.p_tuning(2, hidden=4), pelt.train("head"))
+METHODS = [PROMPT, *(pytest.param(m, marks=pytest.mark.parity) for m in (PREFIX, ENCODED))]
 
 
 def test_votes():
@@ -46,7 +49,7 @@ def test_votes():
     training.vote(scores[0, 0])
 
 
-@pytest.mark.parametrize("method", [PROMPT, pytest.param(PREFIX, marks=pytest.mark.parity)])
+@pytest.mark.parametrize("method", METHODS)
 def test_one_forward_pass_asks_what_a_loop_asks(method):
   apply, members, batch = runs(method)
   inputs = batch["input_ids"], batch["attention_mask"]
@@ -60,6 +63,41 @@ def test_one_forward_pass_asks_what_a_loop_asks(method):
     training.ensemble(apply, N + 1)(bank, *inputs)
   with pytest.raises(ValueError, match="members=0"):
     training.ensemble(apply, 0)
+
+
+class Ballots(nn.Module):
+  """A row's first token is what a member votes about."""
+
+  @nn.compact
+  def __call__(self, ids, attention_mask=None, deterministic=True):
+    return nn.Embed(5, 3, name="table")(ids)[:, 0]
+
+
+def test_scores_by_hand():
+  best, loud = jnp.eye(3), 9 * jnp.eye(3)  # the loud decide the mean
+  ballots = [
+    (best[0], best[2], best[0], loud[1]),
+    (best[0], best[1], best[1], best[2]),
+    (loud[1], best[1], loud[2], best[0]),  # of the third and fourth all say something else
+  ]
+  tables = [jnp.stack([jnp.zeros(3), *rows]) for rows in ballots]
+  members = [{"table": {"embedding": nodes.Tuned(t)}} for t in tables]
+  asked = [(1, 0, 5), (2, 1, 4), (3, 0, 3), (4, 1, 2), (2, 1, 1)]  # token, truth, length
+  rows = [
+    {"input_ids": np.full(length, token, np.int32), "labels": np.array(truth, np.int32)}
+    for token, truth, length in asked
+  ]
+  data = training.Encoded("classification", tuple(rows), ("a", "b", "c"))
+  apply = pelt.bypass(Ballots().apply)
+  got = training.ensemble_scores(apply, members, data, size=3)
+  assert got.metric == "accuracy"
+  np.testing.assert_allclose(got.members, (0.6, 0.6, 0.4), atol=1e-12)
+  scores = got.average, got.best, got.majority, got.mean_logit
+  np.testing.assert_allclose(scores, (1.6 / 3, 0.6, 0.8, 0.6), atol=1e-12)
+  with pytest.raises(ValueError, match="'lm': only classes can be voted for"):
+    training.ensemble_scores(apply, members, tiny.text_rows())
+  with pytest.raises(ValueError, match="at least one member"):
+    training.ensemble_scores(apply, [], data)
 
 
 STEPS, CLIP = 3, 0.5
@@ -84,7 +122,7 @@ def close(got, want, tolerance):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), got, want)
 
 
-@pytest.mark.parametrize("method", [PROMPT, pytest.param(PREFIX, marks=pytest.mark.parity)])
+@pytest.mark.parametrize("method", METHODS)
 def test_one_vmapped_program_trains_as_separate_runs_do(method):
   """Dropout, clipping by each member's own norm, Adam: the same numbers."""
   with jax.enable_x64(True):
@@ -133,10 +171,16 @@ def test_one_batch_of_all_members_trains_as_separate_runs_do():
 
 
 def test_members_of_other_methods_do_not_train_together():
-  _, members, _ = runs(PROMPT)
-  other = runs(pelt.lora(1, targets="query"))[1][0]
   train = training.jointly(training.train_step(print, print, optax.sgd(1.0)))
+  member, longer = ({"w": nodes.Tuned(jnp.ones(n))} for n in (2, 3))
+  other = {"w": nodes.LoraWeight(*jnp.ones((3, 2, 2)), jnp.ones(()))}
   with pytest.raises(ValueError, match="members 0 and 1 have different nodes"):
-    train.init([members[0], other])
+    train.init([member, other])
+  with pytest.raises(ValueError, match=r"members 0 and 2 have arrays of shapes \(2,\) and \(3,\)"):
+    train.init([member, member, longer])
+  started = train.init([member, member])
+  for keys in (jax.random.key(0), jax.random.split(jax.random.key(0), 3)):
+    with pytest.raises(ValueError, match="one key for each of 2 members"):
+      train.step(*started, {}, keys)
   with pytest.raises(ValueError, match="members is empty"):
     train.init([])

@@ -432,3 +432,5 @@ def test_the_length_search_picks_the_best_mean(finetune, bert, tmp_path, monkeyp
   assert (tmp_path / "search" / "lengths.png").read_bytes().startswith(b"\x89PNG")
   monkeypatch.setattr(finetune, "main", None)  # what is done is not run again
   assert search.main([*asked, *job]) == found
+  with pytest.raises(ValueError, match="runs of another job"):
+    search.main([*asked, *job, "--lr", "0.5"])
