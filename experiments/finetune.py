@@ -35,7 +35,8 @@ import pelt_jax as pelt
 from pelt_jax import models, training
 
 SHOWN = 5  # of the answers, in the report
-NOISE = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2")  # until they are trained
+# These are noise until they are trained.
+NOISE = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "mam", "unipelt")
 WARMUP, DECAY, CLIP = 0.06, 0.01, 1.0  # of steps; of weights; of the gradient's norm
 OUTPUTS = ("adapter", "checkpoints", "report.json", "report.md", "loss.png")
 

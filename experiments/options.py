@@ -21,6 +21,9 @@ RATES = {
   "p_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 1e-3, "seq2seq": 1e-3},
   "prefix_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "p_tuning_v2": {"classification": 7e-3, "tagging": 1e-2, "lm": 5e-3, "seq2seq": 5e-3},
+  "adapter": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
+  "mam": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
+  "unipelt": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
 }
 OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4}
 METHODS = (  # those that this version has

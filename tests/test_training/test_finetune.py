@@ -114,6 +114,29 @@ def test_classification(finetune, bert, tmp_path, method):
 
 
 @LONG
+@pytest.mark.parametrize(("method", "settings", "trainable"), [
+  # One layer of width 16; two adapters and three norms, one adapter.
+  ("adapter", ("bottleneck=4",), 2 * (2 * 4 * 16 + 4 + 16) + 3 * 2 * 16),
+  ("adapter", ("style=pfeiffer", "bottleneck=4"), 2 * 4 * 16 + 4 + 16),
+  ("adapter", ("style=parallel", "bottleneck=4", "scaling=learned"), 2 * 4 * 16 + 4 + 16 + 1),
+  ("mam", ("length=2", "bottleneck=4", "reparametrize=false"), 4 * 16 + 2 * 4 * 16 + 4 + 16),
+  (
+    "unipelt",
+    ("length=2", "rank=1", "bottleneck=4", "reparametrize=false"),
+    4 * 16 + 2 * 2 * 16 + 2 * 4 * 16 + 4 + 16 + 4 * 17,
+  ),
+])  # fmt: skip
+def test_adapters_and_their_mixtures(finetune, bert, tmp_path, method, settings, trainable):
+  data = sentiment(tmp_path)
+  argv = arguments(tmp_path, bert, data, "classification", method=method, steps=20, lr=0.02)
+  report = finetune.main([*argv, *(part for s in settings for part in ("--set", s))])
+  check_report(report, tmp_path / "out", "accuracy", 16 * 2 + 2)
+  assert report["parameters"]["trainable"] == trainable
+  losses = [loss for _, loss in report["loss"]]
+  assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+@LONG
 @pytest.mark.parametrize("placement", ["start", "end"])
 def test_prompt_tuning(finetune, bert, tmp_path, placement):
   data = sentiment(tmp_path)
