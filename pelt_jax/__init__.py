@@ -28,6 +28,7 @@ from pelt_jax._tree import penalty as penalty
 from pelt_jax._tree import shardings as shardings
 from pelt_jax._tree import value_and_grad as value_and_grad
 from pelt_jax.methods._adapter import adapter as adapter
+from pelt_jax.methods._adapter_fusion import adapter_fusion as adapter_fusion
 from pelt_jax.methods._bitfit import bitfit as bitfit
 from pelt_jax.methods._lora import lora as lora
 from pelt_jax.methods._mam import mam as mam

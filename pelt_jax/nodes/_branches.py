@@ -40,11 +40,11 @@ class Bottleneck(Branch):
   activation: str = static("relu")
 
   def __call__(self, call: Any, x: jax.Array) -> jax.Array:
-    h = _affine(x, self.array("down"), self.array("down_bias"))
+    h = affine(x, self.array("down"), self.array("down_bias"))
     h = ACTIVATIONS[self.activation](h)
     if self.dropout is not None:
       h = self.dropout(call, h)
-    h = _affine(h, self.array("up"), self.array("up_bias"))
+    h = affine(h, self.array("up"), self.array("up_bias"))
     if self.scaling is None:
       return h
     scaling = jnp.asarray(materialize(self.scaling), x.dtype)
@@ -117,7 +117,7 @@ class MeanGate(Branch):
   pool: str = static("mean")
 
   def __call__(self, call: Any, x: jax.Array) -> jax.Array:
-    gates = jax.nn.sigmoid(_affine(x, self.array("kernel"), self.array("bias")))
+    gates = jax.nn.sigmoid(affine(x, self.array("kernel"), self.array("bias")))
     if self.pool == "mean":
       gates = self._mean(call, x, gates)
     one = gates.shape[-1] == 1
@@ -148,6 +148,6 @@ class MeanGate(Branch):
     return "its gate depends on the input"
 
 
-def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
   y = product("...i,io->...o", x, kernel)
   return y if bias is None else y + jnp.asarray(bias, x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

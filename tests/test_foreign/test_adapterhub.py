@@ -78,8 +78,8 @@ def lifted(monkeypatch):
       monkeypatch.setattr(importlib.import_module(module), "torch", Lifted(torch))
 
 
-def theirs(family, config, folder):
-  """Their model with an adapter "x", everything random; the base is saved before."""
+def theirs(family, folder, add):
+  """Their model after `add(model)`, everything random; the base is saved before."""
   raw = dict((CONFIGS | SEQ2SEQ)[family])
   kind = getattr(transformers, FAMILY[family].partition("Model")[0].partition("For")[0] + "Config")
   torch.manual_seed(0)
@@ -91,9 +91,7 @@ def theirs(family, config, folder):
         p.add_(1)
   model.save_pretrained(folder)
   adapters.init(model)
-  model.add_adapter("x", config=config)
-  model.set_active_adapters("x")
-  model.train_adapter("x")
+  add(model)
   model = model.double().eval()
   with torch.no_grad():
     for p in model.parameters():
@@ -175,7 +173,13 @@ def same(family, node, path, get):
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_outputs_and_gradients(family, method, tmp_path, lifted):
   make, config = CASES[method]
-  model = theirs(family, config(), tmp_path)
+
+  def add(model):
+    model.add_adapter("x", config=config())
+    model.set_active_adapters("x")
+    model.train_adapter("x")
+
+  model = theirs(family, tmp_path, add)
   ids = tokens(2, 7)
   cotangent = np.random.default_rng(0).normal(size=(2, 7, 97 if family == "t5" else 32))
   given = {"input_ids": torch.tensor(ids).long()}
@@ -223,3 +227,74 @@ def test_outputs_and_gradients(family, method, tmp_path, lifted):
     for a, b in zip(ours, theirs_, strict=True):
       assert np.abs(b).max() > 1e-8
       close(a, b, 1e-9)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_fusion(family, tmp_path, lifted):
+  """Two adapters and the attention over them; Q, K and V train, the adapters do not."""
+  names = ("one", "two")
+
+  def add(model):
+    for name in names:
+      model.add_adapter(name, config=adapters.SeqBnConfig())
+    model.train_adapter(adapters.Parallel(*names))  # so that they are drawn anew too
+    fuse = adapters.Fuse(*names)
+    model.add_adapter_fusion(fuse)
+    model.set_active_adapters(fuse)
+
+  model = theirs(family, tmp_path, add)
+  model.train_adapter_fusion(adapters.Fuse(*names))
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      if "fusion" in name:  # small enough that no adapter takes all
+        p.normal_(0, 0.3 if "value" in name else 0.01)
+  model.eval()
+  ids = tokens(2, 7)
+  cotangent = np.random.default_rng(0).normal(size=(2, 7, 32))
+  out = model(input_ids=torch.tensor(ids).long()).last_hidden_state
+  out.backward(torch.tensor(cotangent))
+  found = dict(model.named_parameters())
+
+  with jax.enable_x64(True):
+    module, base = models.from_pretrained(tmp_path, task="encoder", dtype="float64")
+    sites = pelt.sites(module, ids)
+    single = pelt.adapter("pfeiffer").init(jax.random.key(0), base, sites)
+
+    def member(name):
+      get = lambda full: found[full.replace(".adapters.x.", f".adapters.{name}.")].detach().numpy()
+      placed = ((p, n) for p, n in walk(single) if isinstance(n, nodes.After | nodes.AroundNorm))
+      changes = {p: same(family, n, p.removesuffix("/bypass"), get) for p, n in placed}
+      return update_at(single, changes)
+
+    members = {name: member(name) for name in names}
+    params = pelt.adapter_fusion(members, regularization=0.0).init(jax.random.key(0), base, sites)
+
+    def theirs_in(tree, get):
+      changes = {}
+      for path, node in walk(tree):
+        if isinstance(node, nodes.After | nodes.AroundNorm):
+          site = name_of(family, path.removesuffix("/bypass"))
+          at = f"{site}.adapter_fusion_layer.{','.join(names)}"
+          fields = {n: get(f"{at}.{n}.weight").T for n in ("query", "key", "value")}
+          fields |= {f"{n}_bias": get(f"{at}.{n}.bias") for n in ("query", "key")}
+          changes[path] = node.replace(branch=node.branch.replace(**fields))
+      return update_at(tree, changes)
+
+    params = theirs_in(params, lambda name: found[name].detach().numpy())
+    trainable, frozen = pelt.partition(params)
+    apply = pelt.bypass(module.apply)
+
+    def loss(params):
+      got = apply({"params": params}, ids)
+      return jnp.sum(got * cotangent), got
+
+    (_, got), grads = jax.jit(pelt.value_and_grad(loss, has_aux=True))(trainable, frozen)
+    close(got, out.detach().numpy(), 1e-9)
+    want, _ = pelt.partition(theirs_in(params, lambda name: found[name].grad.numpy()))
+    ours, theirs_ = jax.tree.leaves(grads), jax.tree.leaves(want)
+    assert sum(g.size for g in ours) == sum(p.numel() for p in found.values() if p.requires_grad)
+    nothing = [np.abs(b).max() < 1e-12 for b in theirs_]
+    # The key's bias adds the same to all scores of a token.
+    assert sum(nothing) == sum("key.bias" in n for n, p in found.items() if p.requires_grad)
+    for a, b, zero in zip(ours, theirs_, nothing, strict=True):
+      close(a, b, 1e-9) if not zero else np.testing.assert_allclose(a, b, atol=1e-12)

@@ -1,0 +1,162 @@
+"""AdapterFusion: several tasks' adapters, combined by attention (arXiv:2005.00247)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pelt_jax._node import Branch, Bypass, Chain, Node, Weight, is_node, walk
+from pelt_jax._site import Site
+from pelt_jax._transform import Transform, add_bypass, check_dropout, site_key
+from pelt_jax._tree import fold
+from pelt_jax.methods._lora import _dropout
+from pelt_jax.nodes import Fusion, Guard
+
+
+def adapter_fusion(
+  adapters: Mapping[str, dict],
+  *,
+  static: bool = False,
+  regularization: float = 0.01,
+  dropout: float = 0.0,
+  dtype: Any = None,
+  group: str | None = "trainable",
+) -> Transform:
+  """Trains, where several tasks have an adapter, which of them to use for each token.
+
+  With x what the adapters read and z_n what adapter n gives, without the residual,
+  o = sum_n s_n z_n V, s = softmax_n((x Q + b_q) . (z_n K + b_k)), which takes the place of one
+  adapter's output. The adapters and the model stay as they are, and V stays near the identity by
+  `regularization` * |V - I|², which `pelt.penalty` gives and `training.train_step` adds. Q and K
+  start from N(0, 0.02²), V as the identity with 1e-6 beside its diagonal: 3 d² + 2 d numbers per
+  place.
+
+  The tasks' adapters were trained before, each alone on the frozen model (ST-A), or all together
+  with the model (MT-A); their heads and the new task's are separate (`pelt.train("head")`). The
+  weights s come out by `record="fusion"`, (B, T, N) per place.
+
+  Args:
+    adapters: by name, params with bottleneck adapters at the same places, of the same widths.
+    static: leave V out.
+    regularization: weight of |V - I|².
+    dropout: share of the weights s dropped in training; the released code has the model's own for
+      attention.
+    dtype: dtype of the arrays; by default that of the adapters.
+    group: label of the arrays; None freezes them.
+
+  Returns:
+    A `Transform`, for params of the model without the adapters.
+
+  Raises:
+    ValueError: for fewer than one adapter, or adapters at other places, of other placements or
+      widths, or that change the model's own leaves; at init, if params hold adapters there.
+
+  Example:
+    >>> import pelt_jax as pelt
+    >>> node = pelt.nodes.Bottleneck(None, None, None, None)
+    >>> tasks = {n: {"ffn": {"bypass": pelt.nodes.After(node)}} for n in ("sst2", "trec")}
+    >>> method = pelt.chain(pelt.adapter_fusion(tasks), pelt.train("head"))
+  """
+  if not adapters:
+    raise ValueError("adapters is empty: name at least one task's params")
+  check_dropout(dropout)
+  if regularization < 0:
+    raise ValueError(f"regularization must be at least 0, got {regularization!r}")
+  names = tuple(adapters)
+  tables = {name: _places(name, params) for name, params in adapters.items()}
+  tuned = {name: _tuned(params) for name, params in adapters.items()}
+  first = tables[names[0]]
+  for name, table in tables.items():
+    if odd := sorted(set(table) ^ set(first)):
+      raise ValueError(
+        f"the adapters {names[0]!r} and {name!r} are at different places: {odd[:4]}; fuse adapters "
+        "of one placement"
+      )
+    for path, node in table.items():
+      _check_alike(path, (names[0], first[path]), (name, node))
+
+  def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
+    known = {s.path: s for s in sites if s.kind == "call"}
+    heads = {s.path for s in sites if any(r.role == "head" for r in s.roles)}
+    for name, paths in tuned.items():
+      if own := sorted(set(paths) - heads):
+        raise ValueError(
+          f"adapters[{name!r}] changes leaves of the model, {own[:4]}, which several cannot do at "
+          "once; train it without (train_norms=False)"
+        )
+    for path, node in first.items():
+      if path not in known:
+        raise ValueError(f"the adapters have a place {path!r} that the model does not call")
+      if known[path].shape[-1] != known[path].out[-1]:
+        raise ValueError(f"the adapters at {path!r} read another width than they give")
+      branches = [tables[name][path].branch for name in names]
+      axis = node.stacked
+      stack = lambda *arrays, axis=axis: jnp.stack(arrays, axis)
+      members = _frozen(jax.tree.map(stack, *branches))
+      branch = fused(site_key(key, path), known[path], members, axis)
+      new = node.replace(branch=branch, group=group)
+      params = add_bypass(params, sites, path, new)
+    return params
+
+  def fused(key: jax.Array, site: Site, members: Branch, stacked: int) -> Fusion:
+    d, lead = site.out[-1], site.stacked
+    kind = jnp.dtype(dtype or jax.tree.leaves(members)[0].dtype)
+    first, second = jax.random.split(key)
+    draw = lambda k: 0.02 * jax.random.normal(k, (*lead, d, d), kind)
+    near = jnp.eye(d, dtype=kind) + 1e-6 * (1 - jnp.eye(d, dtype=kind))
+    zeros = jnp.zeros((*lead, d), kind)
+    return Fusion(
+      members,
+      draw(first),
+      zeros,
+      draw(second),
+      zeros,
+      None if static else jnp.broadcast_to(near, (*lead, d, d)),
+      _dropout(site, dropout, jnp.float32),
+      names=names,
+      regularization=float(regularization),
+      group=group,
+      stacked=stacked,
+    )
+
+  return Transform(initialize)
+
+
+def _places(name: str, params: dict) -> dict[str, Any]:
+  """The adapters of one task by their module's path."""
+  found = {}
+  for path, value in walk(fold(params)):
+    if isinstance(value, Chain) or (isinstance(value, Bypass) and not hasattr(value, "branch")):
+      raise ValueError(f"adapters[{name!r}] holds a {type(value).__name__} at {path!r}, no adapter")
+    if isinstance(value, Bypass):
+      found[path.removesuffix("bypass").removesuffix("/")] = value
+  if not found:
+    raise ValueError(f"adapters[{name!r}] holds no adapter, such as pelt.adapter adds")
+  return found
+
+
+def _tuned(params: dict) -> list[str]:
+  """Paths of the leaves that a task changed: heads, and what it should not have."""
+  weights = ((p, v) for p, v in walk(fold(params)) if isinstance(v, Weight))
+  return [p for p, v in weights if not isinstance(v, Guard) or is_node(v.base)]
+
+
+def _check_alike(path: str, one: tuple[str, Bypass], other: tuple[str, Bypass]) -> None:
+  (a, first), (b, second) = one, other
+  structures = [jax.tree.structure(n) for n in (first, second)]
+  if type(first) is not type(second) or structures[0] != structures[1]:
+    raise ValueError(f"the adapters {a!r} and {b!r} are placed or built differently at {path!r}")
+  shapes = [[jnp.shape(x) for x in jax.tree.leaves(n)] for n in (first, second)]
+  if shapes[0] != shapes[1]:
+    raise ValueError(
+      f"the adapters {a!r} and {b!r} have other widths at {path!r}: {shapes[0]} and {shapes[1]}"
+    )
+
+
+def _frozen(branch: Any) -> Any:
+  """A branch none of whose arrays train."""
+  if not isinstance(branch, Node):
+    return branch
+  below = {n: _frozen(v) for n, v in branch.children() if isinstance(v, Node)}
+  return branch.replace(group=None, **below)

@@ -1,0 +1,64 @@
+"""Attention over the outputs of several branches (AdapterFusion, arXiv:2005.00247)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pelt_jax._node import Branch, extra, own, product, static
+from pelt_jax.nodes._branches import affine
+
+
+class Fusion(Branch):
+  """`sum_n s_n (z_n @ value)` with `s = softmax_n((x @ query + b_q) . (z_n @ key + b_k))`.
+
+  z_n is what branch n gives for x, without the residual that the placement adds. The products are
+  not scaled.
+
+  Attributes:
+    members: one branch whose arrays carry the member axis after stacked axes.
+    query: (d, d).
+    query_bias: (d,).
+    key: (d, d).
+    key_bias: (d,).
+    value: (d, d), or None: the outputs as they are.
+    dropout: None or a `Dropout` for the weights s.
+    names: of the members, in order.
+    regularization: weight of |value - I|² in the loss.
+  """
+
+  members: Any = own()
+  query: Any = own()
+  query_bias: Any = own()
+  key: Any = own()
+  key_bias: Any = own()
+  value: Any = own()
+  dropout: Any = extra()
+  names: tuple[str, ...] = static(())
+  regularization: float = static(0.0)
+
+  def __call__(self, call: Any, x: jax.Array) -> jax.Array:
+    numbers = jnp.arange(len(self.names), dtype=jnp.int32)
+    z = jax.vmap(lambda member, i: member(call.salt(i), x))(self.members, numbers)
+    q = affine(x, self.array("query"), self.array("query_bias"))
+    k = affine(z, self.array("key"), self.array("key_bias"))
+    wide = np.promote_types(x.dtype, jnp.float32)
+    scores = jnp.einsum("...d,n...d->...n", q, k, preferred_element_type=wide)
+    weights = jax.nn.softmax(scores, axis=-1)
+    call.record("fusion", weights)
+    if self.dropout is not None:
+      weights = self.dropout(call.salt(len(self.names)), weights)
+    if self.value is not None:
+      z = product("...i,io->...o", z, self.array("value"))
+    return jnp.einsum("...n,n...d->...d", jnp.asarray(weights, x.dtype), z)
+
+  def penalty(self) -> jax.Array:
+    if self.value is None or not self.regularization:
+      return jnp.zeros((), jnp.float32)
+    value = self.array("value")
+    apart = value - jnp.broadcast_to(jnp.eye(value.shape[-1], dtype=value.dtype), value.shape)
+    return self.regularization * jnp.sum(apart**2)
+
+  def unmergeable(self) -> str:
+    return "its weights depend on the input"
