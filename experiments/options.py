@@ -22,6 +22,7 @@ RATES = {
   "prefix_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "p_tuning_v2": {"classification": 7e-3, "tagging": 1e-2, "lm": 5e-3, "seq2seq": 5e-3},
   "adapter": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
+  "adapter_drop": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "mam": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "unipelt": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
 }

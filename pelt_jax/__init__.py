@@ -28,6 +28,8 @@ from pelt_jax._tree import penalty as penalty
 from pelt_jax._tree import shardings as shardings
 from pelt_jax._tree import value_and_grad as value_and_grad
 from pelt_jax.methods._adapter import adapter as adapter
+from pelt_jax.methods._adapter_drop import adapter_drop as adapter_drop
+from pelt_jax.methods._adapter_drop import drop_to as drop_to
 from pelt_jax.methods._adapter_fusion import adapter_fusion as adapter_fusion
 from pelt_jax.methods._bitfit import bitfit as bitfit
 from pelt_jax.methods._lora import lora as lora

@@ -42,6 +42,7 @@ class Frame:
     trace: the trace the call belongs to; values never leave it.
     key: makes the key of a named random stream without advancing it, or None.
     sow: stores a named value in the backend's intermediates.
+    now: the trace at this moment.
   """
 
   path: str
@@ -54,6 +55,7 @@ class Frame:
   trace: Any
   key: Callable[[str], jax.Array | None]
   sow: Callable[[str, jax.Array], None]
+  now: Callable[[], Any]
   count: int = 0
   seen: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
@@ -91,6 +93,7 @@ class Context:
   called: set[str] = dataclasses.field(default_factory=set)
   ran: set[str] = dataclasses.field(default_factory=set)
   in_setup: bool = False
+  plain: bool = False  # no bypass node runs
 
   def training(self, innermost: Frame | None) -> bool:
     """`train` if given, else the nearest deterministic/train argument or field, else False."""
@@ -232,6 +235,34 @@ class Call:
     for number in (zlib.crc32(self.path.encode()) & 0x7FFFFFFF, self.frame.count, *self.salts):
       key = jax.random.fold_in(key, number)
     return key
+
+  def common_rng(self, stream: str = "dropout") -> jax.Array:
+    """A key that all nodes of one call of the model share, from the outermost stream.
+
+    Raises:
+      ValueError: if no enclosing call has the stream.
+    """
+    keys = [key for frame in self.frame.climb() if (key := frame.key(stream)) is not None]
+    if not keys:
+      raise ValueError(
+        f"the node at {self.path!r} needs random numbers: pass rngs={{{stream!r}: key}} to apply"
+      )
+    return keys[-1]
+
+  @contextlib.contextmanager
+  def arm(self, plain: bool = False) -> Iterator[None]:
+    """What an arm of a `lax.cond` round `next` runs in: taps stay within it.
+
+    Args:
+      plain: run the module without the bypass nodes inside it.
+    """
+    frame, context = self.frame, self.context
+    before = frame.trace, frame.seen, context.plain
+    frame.trace, frame.seen, context.plain = frame.now(), {}, plain or context.plain
+    try:
+      yield
+    finally:
+      frame.trace, frame.seen, context.plain = before
 
   def salt(self, number: Any) -> "Call":
     """The same call with a number (a row, a layer; may be traced) folded into its keys."""

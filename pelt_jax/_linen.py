@@ -162,6 +162,7 @@ def _interceptor(context: Context, listen: Callable | None = None) -> Callable:
       trace=tracers.current_trace(),
       key=functools.partial(_stream, module),
       sow=functools.partial(_sow, module),
+      now=tracers.current_trace,
     )
     # share_scope and super(): the outermost call of a path owns its node
     outer = (f for f in frame.climb() if f is not frame)
@@ -169,7 +170,8 @@ def _interceptor(context: Context, listen: Callable | None = None) -> Callable:
     owned = owner is not None
     leaves = module.scope.variables().get("params", {})
     node = leaves.get(BYPASS)
-    node = node if isinstance(node, Bypass) and not owned and method == "__call__" else None
+    runs = isinstance(node, Bypass) and not owned and method == "__call__" and not context.plain
+    node = node if runs else None
     if owner is not None:
       frame.count = owner.count
     else:

@@ -263,6 +263,7 @@ class BartForConditionalGeneration(Seq2Seq):
       "ffn_sum": (Role("final_layer_norm", "around_norm"),),
       "attention": attention("core", "prefix"),
       "positions": (Role("positions", "before"),),
+      "layer": (Role("layers" if self.scan else "layers/*"),),
       "embedding": (Role("shared"),),
       "norm": (
         Role("self_attn_layer_norm"),

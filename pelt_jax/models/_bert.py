@@ -227,6 +227,7 @@ class _Encoder(nn.Module):
       "ffn_sum": (Role(f"{layer}/output/LayerNorm", "around_norm"),),
       "attention": (Role("attention/self/core", "prefix"),),
       "positions": (Role("positions", "before"),),
+      "layer": (Role("encoder/layer" if self.scan else "encoder/layer/*"),),
       "embedding": (Role("embeddings/word_embeddings"),),
       "norm": (
         Role("embeddings/LayerNorm"),

@@ -156,6 +156,7 @@ class _GPT2(nn.Module):
       "ffn": (Role("mlp", "after", "in", "../ln_2:in"),),
       "attention": (Role("attn/core", "prefix"),),
       "positions": (Role("positions", "before"),),
+      "layer": (Role("h" if self.scan else "h/*"),),
       "embedding": (Role("wte"),),
       "norm": (Role("ln_1"), Role("ln_2"), Role("ln_f")),
       "head": self._head_roles(),

@@ -186,6 +186,7 @@ class _Decoder(nn.Module):
       "ffn": (Role("mlp", "after", "in", "../post_attention_layernorm:in"),),
       "attention": (Role("self_attn/core", "prefix"),),
       "positions": (Role("positions", "before"),),
+      "layer": (Role("layers" if self.scan else "layers/*"),),
       "embedding": (Role("embed_tokens"),),
       "norm": (
         Role("input_layernorm"),

@@ -314,6 +314,7 @@ class T5ForConditionalGeneration(Seq2Seq):
         for part, i in (("encoder", 1), ("decoder", 2))
       ),
       "attention": attention("core", "prefix"),
+      "layer": (Role("block" if self.scan else "block/*"),),
       "embedding": (Role("shared"),),
       "norm": (Role("layer_norm"), Role("final_layer_norm")),
       "head": () if self.config.tie_word_embeddings else (Role("lm_head"),),

@@ -6,6 +6,7 @@ from pelt_jax.nodes._branches import Bottleneck as Bottleneck
 from pelt_jax.nodes._branches import Gated as Gated
 from pelt_jax.nodes._branches import MeanGate as MeanGate
 from pelt_jax.nodes._branches import Normalized as Normalized
+from pelt_jax.nodes._drop import DropBelow as DropBelow
 from pelt_jax.nodes._fusion import Fusion as Fusion
 from pelt_jax.nodes._generators import PrefixMLP as PrefixMLP
 from pelt_jax.nodes._lora import Dropout as Dropout

@@ -43,7 +43,7 @@ def test_dropout_acts_only_when_told():
 
 PER_LAYER = {
   "query", "key", "value", "attention_out", "ffn_in", "ffn_out", "ffn", "attention",
-  "attention_heads", "attention_block", "attention_sum", "ffn_sum",
+  "attention_heads", "attention_block", "attention_sum", "ffn_sum", "layer",
 }  # fmt: skip
 
 

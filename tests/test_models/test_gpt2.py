@@ -115,7 +115,7 @@ def test_a_bare_checkpoint_with_the_buffers_of_old_files(tmp_path):
 ROLES = {
   "query": 3, "key": 3, "value": 3, "attention_out": 3, "ffn_in": 3, "ffn_out": 3, "ffn": 3,
   "attention": 3, "embedding": 1, "norm": 7, "positions": 1,
-  "attention_heads": 3, "attention_block": 3,
+  "attention_heads": 3, "attention_block": 3, "layer": 3,
 }  # fmt: skip
 
 

@@ -210,7 +210,7 @@ def test_attention_dropout_and_unknown_activations():
 ROLES = {
   "positions": 1,
   "query": 3, "key": 3, "value": 3, "attention_out": 3, "ffn_in": 6, "ffn_out": 3, "ffn": 3,
-  "attention": 3, "embedding": 1, "norm": 7, "attention_heads": 3, "attention_block": 3,
+  "attention": 3, "embedding": 1, "norm": 7, "attention_heads": 3, "attention_block": 3, "layer": 3,
 }  # fmt: skip
 
 

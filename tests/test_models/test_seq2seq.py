@@ -178,17 +178,17 @@ ROLES = {
   "t5": {
     "query": 7, "key": 7, "value": 7, "attention_out": 7, "ffn_in": 5, "ffn_out": 5, "ffn": 5,
     "attention": 7, "embedding": 1, "norm": 14,
-    "attention_heads": 7, "attention_block": 5, "cross_attention_block": 2,
+    "attention_heads": 7, "layer": 5, "attention_block": 5, "cross_attention_block": 2,
   },
   "t5-gated": {
     "query": 7, "key": 7, "value": 7, "attention_out": 7, "ffn_in": 10, "ffn_out": 5, "ffn": 5,
     "attention": 7, "embedding": 1, "norm": 14, "head": 1,
-    "attention_heads": 7, "attention_block": 5, "cross_attention_block": 2,
+    "attention_heads": 7, "layer": 5, "attention_block": 5, "cross_attention_block": 2,
   },
   "bart": {
     "query": 8, "key": 8, "value": 8, "attention_out": 8, "ffn_in": 5, "ffn_out": 5, "ffn": 5,
     "attention": 8, "embedding": 1, "norm": 15, "positions": 2,
-    "attention_heads": 8, "attention_block": 5, "cross_attention_block": 3,
+    "attention_heads": 8, "layer": 5, "attention_block": 5, "cross_attention_block": 3,
     "attention_sum": 5, "ffn_sum": 5,
   },
 }  # fmt: skip
