@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> dict:
     encoded = lambda text: tokenizer.encode(text).ids
     of_labels = words or [encoded(label) for label in labels]
     method = build_method(args, of_labels if init == "labels" else encoded(args.init_text))
+  if args.adapters:
+    method = build_method(args, members=read_members(args, source))
   ids = jnp.zeros((args.batch, 8), jnp.int32)
   sites = pelt.sites(model, ids, jnp.ones_like(ids))
   params = training.masters(method.init(jax.random.key(args.seed), base, sites))
@@ -297,6 +299,24 @@ def read_files(args: argparse.Namespace, demo: bool):
     general = training.read(args.general, "lm")
   read = [training.read(path, args.task, args.columns) for path in (args.train, args.eval)]
   return *read, general
+
+
+def read_members(args: argparse.Namespace, source: str) -> dict[str, dict]:
+  """Params with the adapters of other runs, each over a model with that run's head."""
+  members = {}
+  for name, folder in args.adapters.items():
+    file, beside = folder / "labels.json", folder.parent / "report.json"
+    labels = json.loads(file.read_text()) if file.is_file() else None
+    task = json.loads(beside.read_text())["task"] if beside.is_file() else args.task
+    _, base = models.from_pretrained(
+      source,
+      task=task,
+      num_labels=labels and len(labels),
+      dtype=jnp.dtype(args.dtype),
+      scan=args.scan,
+    )
+    members[name] = pelt.load(folder, base)
+  return members
 
 
 def as_report(

@@ -53,6 +53,7 @@ def parse(argv: list[str] | None, about: str | None) -> argparse.Namespace:
   add("--task", default="lm", choices=training.TASKS)
   add("--method", default="lora", help=", ".join(m for m in METHODS if hasattr(pelt, m)))
   add("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
+  add("--adapters", metavar="NAME=DIR,...", help="of other tasks, for --method adapter_fusion")
   add("--epochs", type=int)
   add("--steps", type=int, help="instead of --epochs")
   add("--batch", type=int, help="rows per optimizer step")
@@ -92,6 +93,7 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
     if missing:
       raise ValueError(f"--{missing[0]} is missing: training needs a --train and an --eval file")
   check_template(args)
+  check_adapters(args)
   if args.write and args.task not in WRITE:
     raise ValueError(
       f"--write: a model of --task {args.task} writes nothing; it needs lm or seq2seq"
@@ -160,6 +162,23 @@ def check_template(args: argparse.Namespace) -> None:
     args.set = [*args.set, f"length={slots}"]
 
 
+def check_adapters(args: argparse.Namespace) -> None:
+  """Makes a dict of args.adapters, each folder with its labels and task."""
+  if (args.method == "adapter_fusion") != (args.adapters is not None):
+    raise ValueError("--method adapter_fusion and --adapters NAME=DIR,... go together")
+  if args.adapters is None:
+    return
+  found: dict[str, pathlib.Path] = {}
+  for part in args.adapters.split(","):
+    name, equals, folder = part.partition("=")
+    if not equals or not name or name in found:
+      raise ValueError(f"--adapters {args.adapters}: expected NAME=DIR,NAME=DIR, each name once")
+    found[name] = pathlib.Path(folder)
+    if not found[name].is_dir():
+      raise ValueError(f"--adapters: {folder} is no folder of an adapter")
+  args.adapters = found
+
+
 def read_verbalizer(text: str) -> dict[str, str | list[str]]:
   """Words by class, from JSON, its file, or `class=word|word,class=word`."""
   if not text.lstrip().startswith("{"):
@@ -198,10 +217,13 @@ def starts_from(args: argparse.Namespace) -> str | None:
   return "text" if args.init_text is not None else init if init == "labels" else None
 
 
-def build_method(args: argparse.Namespace, tokens: typing.Any = None) -> pelt.Transform:
+def build_method(
+  args: argparse.Namespace, tokens: typing.Any = None, members: dict | None = None
+) -> pelt.Transform:
   """The method with its options, and the task's head beside it.
 
-  Without `tokens`, of a prompt that starts from words, it serves to check the other options.
+  Without `tokens` (of a prompt that starts from words) or `members` (the adapters to fuse) it serves
+  to check the other options.
   """
   known = [name for name in METHODS if hasattr(pelt, name)]
   if args.method not in known:
@@ -211,6 +233,9 @@ def build_method(args: argparse.Namespace, tokens: typing.Any = None) -> pelt.Tr
   if init := starts_from(args):
     stand_in = [[0]] if init == "labels" else [0]
     options |= {"init": init, "tokens": stand_in if tokens is None else tokens}
+  if args.adapters is not None:
+    stand_in = {"bypass": pelt.nodes.After(pelt.nodes.Bottleneck())}
+    options["adapters"] = members or dict.fromkeys(args.adapters, stand_in)
   method = factory(**options)
   if args.task not in WRITE and args.method != "full" and args.verbalizer is None:
     parts = [method, pelt.train("head")]
@@ -281,8 +306,10 @@ def run_options(args: argparse.Namespace, steps: int) -> dict:
   names = ("model", "train", "eval", "task", "method", "batch", "accumulate", "lr", "length")
   names += ("seed", "dtype", "scan", "best", "placement", "verbalizer", "init_text")
   template = args.template and args.template.source
+  adapters = args.adapters and {name: str(folder) for name, folder in args.adapters.items()}
   return {name: getattr(args, name) for name in names} | {
     "template": template,
+    "adapters": adapters,
     "set": sorted(args.set),
     "steps": steps,
   }

@@ -137,6 +137,31 @@ def test_adapters_and_their_mixtures(finetune, bert, tmp_path, method, settings,
 
 
 @LONG
+def test_fusion_of_other_runs_adapters(finetune, bert, tmp_path):
+  """Stage 1 on a classification and a tagging file, stage 2 on the first."""
+  data, entities = sentiment(tmp_path), tmp_path / "words.conll"
+  entities.write_text(ENTITIES)
+  common = {"method": "adapter", "steps": 2, "lr": 0.01}
+  settings = ["--set", "style=pfeiffer", "--set", "bottleneck=4"]
+  for name, file, task in (("films", data, "classification"), ("names", entities, "tagging")):
+    options = common | {"out": tmp_path / name}
+    finetune.main([*arguments(tmp_path, bert, file, task, **options), *settings])
+  folders = ",".join(f"{n}={tmp_path / n / 'adapter'}" for n in ("films", "names"))
+  argv = arguments(
+    tmp_path, bert, data, "classification", method="adapter_fusion", steps=12, lr=0.02
+  )
+  report = finetune.main([*argv, "--adapters", folders])
+  check_report(report, tmp_path / "out", "accuracy", 16 * 2 + 2)
+  assert report["parameters"]["trainable"] == 3 * 16 * 16 + 2 * 16
+  assert np.mean([v for _, v in report["loss"][-4:]]) < np.mean([v for _, v in report["loss"][:4]])
+  for wrong, match in (("films", "expected NAME=DIR"), (f"a={tmp_path}/none", "is no folder")):
+    with pytest.raises(ValueError, match=match):
+      finetune.main([*argv, "--overwrite", "--adapters", wrong])
+  with pytest.raises(ValueError, match="go together"):
+    finetune.main([*argv, "--overwrite"])
+
+
+@LONG
 @pytest.mark.parametrize("placement", ["start", "end"])
 def test_prompt_tuning(finetune, bert, tmp_path, placement):
   data = sentiment(tmp_path)
