@@ -222,8 +222,8 @@ def build_method(
 ) -> pelt.Transform:
   """The method with its options, and the task's head beside it.
 
-  Without `tokens` (of a prompt that starts from words) or `members` (the adapters to fuse) it serves
-  to check the other options.
+  Without `tokens` (a prompt that starts from words) or `members` (adapters to fuse) it only checks
+  the other options.
   """
   known = [name for name in METHODS if hasattr(pelt, name)]
   if args.method not in known:
