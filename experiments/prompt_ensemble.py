@@ -99,7 +99,8 @@ def table(results: dict) -> str:
     f"\nRecipe: {recipe}, {LENGTH} virtual tokens, peak rates {rates}; weight decay {DECAY}, clip "
     f"{CLIP}, warm-up {WARMUP:.0%}, linear decay. Members differ by their start, head included, "
     "and their dropout; all see the same batches. What is stored counts the head. The best is "
-    "chosen on the test set, as in the paper's table."
+    "chosen on the test set, as in the paper's table. The test set has 500 questions: figures near "
+    "0.9 have a standard error of 0.013."
   )
   return "\n".join(lines) + "\n"
 
