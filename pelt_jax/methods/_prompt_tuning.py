@@ -12,7 +12,7 @@ from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, check_whole, like_box, over, require, site_key
 from pelt_jax._tree import fold
 from pelt_jax.methods._lora import _numbers
-from pelt_jax.nodes import ExtendedEmbedding
+from pelt_jax.nodes import BankWeight, ExtendedEmbedding
 
 Init = str | jax.Array | np.ndarray
 Tokens = Sequence[int] | Sequence[Sequence[int]]
@@ -95,10 +95,15 @@ def virtual_tokens(params: dict) -> range:
   """
   if GENERATORS in params:
     params = jax.eval_shape(fold, params)
+  prompts = (
+    (node.members if isinstance(node, BankWeight) else node, node.shape[-2])
+    for node in every_node(params)
+    if isinstance(node, BankWeight | ExtendedEmbedding) and node.base is not None
+  )
   found = {
-    range(n.shape[-2], n.shape[-2] + n.array("prompt").shape[-2])
-    for n in every_node(params)
-    if isinstance(n, ExtendedEmbedding) and n.base is not None and n.prompt is not None
+    range(size, size + prompt.array("prompt").shape[-2])
+    for prompt, size in prompts
+    if isinstance(prompt, ExtendedEmbedding) and prompt.prompt is not None
   }
   if len(found) > 1:
     raise ValueError(f"several tables hold prompts: {sorted(found, key=repr)}")

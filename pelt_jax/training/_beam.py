@@ -18,6 +18,7 @@ from pelt_jax.training._generate import (
   start_tokens,
 )
 from pelt_jax.training._generate import stopping_tokens as stopping
+from pelt_jax.training._ids import check_ids
 
 Array = jax.Array
 # A cache's leaves by name: how many axes from the end the batch is. Layers may lead.
@@ -102,6 +103,7 @@ def beam_search(
     raise ValueError(f"beams must be at least 1, got {beams}")
   start = start_tokens(apply, decoder_start_token_id)
   ids, mask = checked_mask(ids, attention_mask)
+  check_ids(apply, params, int(np.where(mask, ids, 0).max()))
   if not start:
     ids, mask = left_padded(ids, mask)
   check_positions(apply, params, mask, max_new_tokens, start, rows)

@@ -1,5 +1,6 @@
 """Cloze classification: the class whose word fills a blank best."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,6 +87,7 @@ def cloze(apply: Callable, words: Words) -> Callable:
   ids = np.array([[*w, *w[:1] * (width - len(w))] for w in words], np.int32)
   shares = np.array([[1 / len(w)] * len(w) + [0.0] * (width - len(w)) for w in words])
 
+  @functools.wraps(apply)
   def classify(variables: Any, input_ids: jax.Array, *args: Any, at: Any, **kwargs: Any):
     logits = apply(variables, input_ids, *args, at=at, **kwargs)
     wide = jnp.asarray(logits, np.promote_types(logits.dtype, jnp.float32))

@@ -1,5 +1,6 @@
 """Prompt ensembling: many small additions to one frozen model, trained and asked together."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -79,6 +80,7 @@ def ensemble(apply: Callable, members: int, by: str = "majority") -> Callable:
   if members < 1:
     raise ValueError(f"members={members}: expected at least 1")
 
+  @functools.wraps(apply)
   def ask(variables: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     batch = inputs.shape[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from pelt_jax._node import every_node, walk
 from pelt_jax.nodes import Shift
+from pelt_jax.training._ids import check_ids, models_of
 
 Array = jax.Array
 
@@ -98,6 +99,7 @@ def generate(
     raise ValueError(f"top_p must be in (0, 1], got {top_p}")
   start = start_tokens(apply, decoder_start_token_id)
   ids, mask = checked_mask(ids, attention_mask)
+  check_ids(apply, params, int(np.where(mask, ids, 0).max()))
   if not start:
     ids, mask = left_padded(ids, mask)
   check_positions(apply, params, mask, max_new_tokens, start, rows)
@@ -123,19 +125,11 @@ def start_tokens(apply: Any, given: int | Sequence[int] | None) -> tuple[int, ..
   """What an encoder-decoder's answer starts behind; nothing for a decoder."""
   if given is not None:
     return tuple(int(t) for t in np.atleast_1d(np.asarray(given)))
-  for model in _models(apply):
+  for model in models_of(apply):
     token = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
     if token is not None:
       return (int(token),)
   return ()
-
-
-def _models(apply: Any) -> Iterator[Any]:
-  """The module whose method `apply` is, or wraps."""
-  while apply is not None:
-    if (model := getattr(apply, "__self__", None)) is not None:
-      yield model
-    apply = getattr(apply, "__wrapped__", None)
 
 
 def check_positions(
@@ -145,7 +139,7 @@ def check_positions(
 
   The last new token is never read, so it needs no position.
   """
-  limits = (getattr(model, "learned_positions", None) for model in _models(apply))
+  limits = (getattr(model, "learned_positions", None) for model in models_of(apply))
   limit = next((n for n in limits if n is not None), None)
   if limit is None:
     return

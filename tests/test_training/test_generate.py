@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import pelt_jax as pelt
+from pelt_jax import training
 from pelt_jax.training import _generate
 from pelt_jax.training._beam import beam_search
 from pelt_jax.training._generate import generate, restrict
 from tests.test_models.helpers import VOCAB, built, padded, tokens
+from tests.test_training import tiny
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +273,32 @@ def test_all_learned_positions_serve():
   logits = model.apply({"params": base}, ids[:, :64])
   assert np.isfinite(np.asarray(logits)).all()
   np.testing.assert_array_equal(made[:, -1], jnp.argmax(logits[:, -1], axis=-1))
+
+
+def test_ids_past_the_vocabulary_need_their_prompt():
+  model, base = tiny.llama()
+  apply, ids = pelt.bypass(model.apply), np.array([[259, 260, 5, 6]])
+  sites = pelt.sites(model, ids)
+  two = pelt.prompt_tuning(2).init(jax.random.key(0), base, sites)
+  one = pelt.prompt_tuning(1).init(jax.random.key(0), base, sites)
+  rows = training.encode(
+    training.Examples("file", (training.Example(1, text="hello"),)),
+    training.ByteTokenizer(),
+    "lm",
+    virtual=(259, 260),
+  )
+  runs = (
+    lambda params: training.generate(apply, params, ids, max_new_tokens=2),
+    lambda params: training.beam_search(apply, params, ids, max_new_tokens=2, beams=2),
+    lambda params: training.evaluate(apply, params, rows, 1),
+  )
+  for run in runs:
+    run(two)
+    with pytest.raises(ValueError, match="hold 260, but the vocabulary ends at 258 .* no prompt"):
+      run(base)
+    with pytest.raises(ValueError, match="params hold a prompt of 1 virtual tokens"):
+      run(one)
+  bank = pelt.bank([two, two])
+  training.generate(apply, bank, ids, max_new_tokens=2, rows=np.array([1]))
+  masked = np.array([[999, 5, 6, 7]]), np.array([[0, 1, 1, 1]])
+  training.generate(apply, base, *masked, max_new_tokens=2)
