@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from options import (
+  HEAD,
   RATES,
   WRITE,
   build_method,
@@ -175,9 +176,10 @@ def main(argv: list[str] | None = None) -> dict:
     [warmup],
   )
   tx = optax.inject_hyperparams(optax.adamw)(learning_rate=rate, weight_decay=DECAY)
-  if "backbone" in jax.tree.leaves(pelt.labels(params)):  # trained jointly, at its own rate
-    slower = optax.scale(RATES["full"][args.task] / args.lr)
-    groups = {"trainable": optax.identity(), "backbone": slower}
+  rates = {"backbone": RATES["full"][args.task], HEAD: args.head_lr}
+  groups = {g: optax.scale(rates[g] / args.lr) for g in set(rates) & set(labels_of(params))}
+  if groups:  # trained beside the method, each at its own rate
+    groups["trainable"] = optax.identity()
     tx = optax.chain(tx, optax.multi_transform(groups, pelt.labels))
   loss = training.LOSSES[args.task]
   train = training.train_step(apply, loss, tx, method, clip=CLIP, accumulate=args.accumulate)
@@ -299,6 +301,11 @@ def read_files(args: argparse.Namespace, demo: bool):
     general = training.read(args.general, "lm")
   read = [training.read(path, args.task, args.columns) for path in (args.train, args.eval)]
   return *read, general
+
+
+def labels_of(params: dict) -> list[str]:
+  """The groups of the arrays."""
+  return jax.tree.leaves(pelt.labels(params))
 
 
 def read_members(args: argparse.Namespace, source: str) -> dict[str, dict]:

@@ -19,13 +19,15 @@ RATES = {
   "lora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "prompt_tuning": {"classification": 3e-2, "tagging": 3e-2, "lm": 1e-2, "seq2seq": 3e-2},
   "p_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 1e-3, "seq2seq": 1e-3},
-  "prefix_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
+  "prefix_tuning": {"classification": 2e-4, "tagging": 2e-4, "lm": 2e-4, "seq2seq": 2e-4},
   "p_tuning_v2": {"classification": 7e-3, "tagging": 1e-2, "lm": 5e-3, "seq2seq": 5e-3},
   "adapter": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "adapter_drop": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "mam": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "unipelt": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
 }
+# An MLP moves all that it makes at once, so it wants small steps, and its head larger ones.
+HEAD_RATES = {"prefix_tuning": {"classification": 5e-3, "tagging": 5e-3}}
 OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4}
 METHODS = (  # those that this version has
   *("full", "bitfit", "lora", "adalora", "dora", "pissa", "olora", "ia3", "vera", "loha", "lokr"),
@@ -63,6 +65,7 @@ def parse(argv: list[str] | None, about: str | None) -> argparse.Namespace:
   add("--verbalizer", help="a word per class for [MASK]: neg=bad,pos=good|great, JSON or its file")
   add("--init-text", metavar="TEXT", help="a prompt starts from these words")
   add("--lr", type=float, help="peak learning rate")
+  add("--head-lr", type=float, help="of the head, where it is another")
   add("--length", type=int, help="tokens per row; longer examples are cut")
   add(
     "--write", type=int, help="answer that many prompts of --eval and score the texts (lm, seq2seq)"
@@ -112,7 +115,17 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
     raise ValueError("--steps and --epochs exclude each other")
   if args.write < 0:
     raise ValueError(f"--write {args.write}: expected 0 or more prompts")
-  for name in ("steps", "epochs", "batch", "accumulate", "length", "lr", "beams", "new_tokens"):
+  for name in (
+    "steps",
+    "epochs",
+    "batch",
+    "accumulate",
+    "length",
+    "lr",
+    "head_lr",
+    "beams",
+    "new_tokens",
+  ):
     value = getattr(args, name)
     if value is not None and not value > 0:
       raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
@@ -127,6 +140,8 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
   args.batch = args.batch or BATCHES[args.task]
   if not args.steps:
     args.epochs = args.epochs or EPOCHS[args.task]
+  if args.head_lr is None and args.lr is None:
+    args.head_lr = HEAD_RATES.get(args.method, {}).get(args.task)
   args.lr = args.lr or RATES.get(args.method, OTHER_RATES)[args.task]
   if args.batch % args.accumulate:
     raise ValueError(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
@@ -203,6 +218,9 @@ def read_verbalizer(text: str) -> dict[str, str | list[str]]:
   return words
 
 
+HEAD = "head"  # the group of a head with a rate of its own
+
+
 def starts_from(args: argparse.Namespace) -> str | None:
   """What a prompt starts from that needs the tokenizer: "text", "labels" or nothing."""
   if args.method not in VIRTUAL:
@@ -238,7 +256,8 @@ def build_method(
     options["adapters"] = members or dict.fromkeys(args.adapters, stand_in)
   method = factory(**options)
   if args.task not in WRITE and args.method != "full" and args.verbalizer is None:
-    parts = [method, pelt.train("head")]
+    head = pelt.train("head", group="trainable" if args.head_lr is None else HEAD)
+    parts = [method, head]
     # Trained jointly, the backbone is all that nothing else claimed before.
     method = pelt.chain(*(parts[::-1] if options.get("tune_backbone") else parts))
   return method
@@ -303,7 +322,18 @@ def fits(value, kind) -> bool:
 
 def run_options(args: argparse.Namespace, steps: int) -> dict:
   """What a resumed run has to share with the one it continues."""
-  names = ("model", "train", "eval", "task", "method", "batch", "accumulate", "lr", "length")
+  names = (
+    "model",
+    "train",
+    "eval",
+    "task",
+    "method",
+    "batch",
+    "accumulate",
+    "lr",
+    "head_lr",
+    "length",
+  )
   names += ("seed", "dtype", "scan", "best", "placement", "verbalizer", "init_text")
   template = args.template and args.template.source
   adapters = args.adapters and {name: str(folder) for name, folder in args.adapters.items()}

@@ -18,7 +18,8 @@ from options import VIRTUAL
 from reporting import write
 
 LENGTH = 10  # of a prompt or prefix
-RATES = {"prompt_tuning": 3e-2, "p_tuning": 1e-3, "prefix_tuning": 1e-3, "p_tuning_v2": 7e-3}
+RATES = {"prompt_tuning": 3e-2, "p_tuning": 1e-3, "prefix_tuning": 2e-4, "p_tuning_v2": 7e-3}
+HEAD_RATES = {"prefix_tuning": 5e-3}  # beside an MLP, which wants small steps
 CLOZE = {
   "template": "{p:4} {text} {p:4} It was [MASK]",
   "verbalizer": "0=terrible,1=great",
@@ -35,6 +36,8 @@ def jobs(args: argparse.Namespace) -> dict[str, list[str]]:
   for method, rate in RATES.items():
     room = 64 + LENGTH * (method in VIRTUAL)
     more = ["--method", method, "--set", f"length={LENGTH}", "--lr", str(rate)]
+    if method in HEAD_RATES:
+      more += ["--head-lr", str(HEAD_RATES[method])]
     made[f"sst2-{method}"] = [*recipe, *sst2, *more, "--length", str(room)]
   wnut = data / "wnut17"
   made["wnut17-p_tuning_v2"] = [

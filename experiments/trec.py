@@ -25,9 +25,10 @@ RATES = {
   "bitfit": 2e-3,
   "prompt_tuning": 3e-2,
   "p_tuning": 1e-3,
-  "prefix_tuning": 1e-3,
+  "prefix_tuning": 2e-4,
   "p_tuning_v2": 7e-3,
 }
+HEAD_RATES = {"prefix_tuning": 5e-3}  # beside an MLP, which wants small steps
 VIRTUAL = 10  # tokens of a prompt, rows of a prefix
 
 
@@ -38,6 +39,7 @@ def ours(args: argparse.Namespace, out: pathlib.Path) -> dict[str, list[float]]:
     room = VIRTUAL if method in ("prompt_tuning", "p_tuning") else 0
     options = [f"--length={RECIPE['length'] + room}"]
     options += ["--set", f"length={VIRTUAL}"] if method in VIRTUAL_METHODS else []
+    options += ["--head-lr", str(HEAD_RATES[method])] if method in HEAD_RATES else []
     for seed in range(args.seeds):
       folder = out / f"{method}-{seed}"
       if not (folder / "report.json").is_file():
@@ -114,7 +116,12 @@ def theirs(args: argparse.Namespace, out: pathlib.Path, method: str) -> list[flo
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels))
     model = get_peft_model(model, peft_config(method))
     trained = [p for p in model.parameters() if p.requires_grad]
-    tx = torch.optim.AdamW(trained, lr=RATES[method], weight_decay=0.01)
+    heads = {id(p) for name, p in model.named_parameters() if "classifier" in name}
+    groups = [
+      {"params": [p for p in trained if (id(p) in heads) == head], "lr": rate}
+      for head, rate in ((False, RATES[method]), (True, HEAD_RATES.get(method, RATES[method])))
+    ]
+    tx = torch.optim.AdamW(groups, weight_decay=0.01)
     per_epoch = len(gold) // RECIPE["batch"]
     steps = per_epoch * RECIPE["epochs"]
     schedule = get_linear_schedule_with_warmup(tx, round(0.06 * steps), steps)
@@ -170,7 +177,7 @@ def main() -> None:
     lines.append(f"| {name} | {statistics.mean(scores):.4f} | {spread:.4f} | {each} |")
   rates = {m: r for m, r in RATES.items() if any(m in name.split() for name in results)}
   recipe = ", ".join(f"{k} {v}" for k, v in RECIPE.items()) + f", peak rates {rates}"
-  recipe += f", {VIRTUAL} virtual tokens"
+  recipe += f", of heads {HEAD_RATES} where they are others, {VIRTUAL} virtual tokens"
   lines.append(f"\nRecipe: {recipe}; weight decay 0.01, clip 1.0, warm-up 6 %, linear decay.")
   finetune.write(out / "results.md", "\n".join(lines) + "\n")
 
