@@ -79,9 +79,7 @@ def main(argv: list[str] | None = None) -> dict:
   )
   tokenizer = tokenizer or training.load_tokenizer(model.config.source)
   limit = model.config.max_position_embeddings
-  if model.config.model_type == "roberta":
-    limit -= 2  # its positions start after the padding id
-  elif model.config.model_type == "t5":
+  if model.config.model_type == "t5":
     limit = None  # its positions are relative
 
   masked = isinstance(model, models.BertForMaskedLM | models.RobertaForMaskedLM)
@@ -94,13 +92,20 @@ def main(argv: list[str] | None = None) -> dict:
   if init := starts_from(args):
     encoded = lambda text: tokenizer.encode(text).ids
     of_labels = words or [encoded(label) for label in labels]
-    method = build_method(args, of_labels if init == "labels" else encoded(args.init_text))
+    given = of_labels if init == "labels" else encoded(args.init_text)
+    if template and init == "text" and len(given) > template.virtual:
+      raise ValueError(
+        f"--init-text: {len(given)} tokens, and the template has {template.virtual} slots"
+      )
+    method = build_method(args, given)
   if args.adapters:
     method = build_method(args, members=read_members(args, source))
   ids = jnp.zeros((args.batch, 8), jnp.int32)
   sites = pelt.sites(model, ids, jnp.ones_like(ids))
   params = training.masters(method.init(jax.random.key(args.seed), base, sites))
   virtual = pelt.virtual_tokens(params)
+  if limit is not None and hasattr(model, "learned_positions"):
+    limit = model.learned_positions - training.positions_taken(params)
 
   options = {"length": args.length, "limit": limit, "placement": args.placement}
 
@@ -220,7 +225,7 @@ def main(argv: list[str] | None = None) -> dict:
   final = done.params if mesh is None else training.replicate(done.params, mesh)
   if not chief:
     return {}
-  pelt.save(out / "adapter", final)
+  pelt.save(out / "adapter", pelt.fold(final))  # what made prompts and prefixes is in checkpoints/
   if labels:
     write(out / "adapter" / "labels.json", json.dumps(labels, indent=2) + "\n")
   if template:
@@ -260,7 +265,8 @@ def main(argv: list[str] | None = None) -> dict:
       "python": platform.python_version(),
       **{name: sys.modules[name].__version__ for name in ("jax", "flax", "optax")},
     },
-    "settings": run_options(args, steps),
+    "settings": run_options(args, steps)
+    | {name: getattr(args, name) for name in ("columns", "write", "beams", "new_tokens")},
     "scores": {"before": before, "after": after, "during": done.history.evaluations},
     "truncated": {"train": train_rows.truncated, "eval": eval_rows.truncated},
     "sample": sample or None,

@@ -97,6 +97,10 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
       raise ValueError(f"--{missing[0]} is missing: training needs a --train and an --eval file")
   check_template(args)
   check_adapters(args)
+  if args.placement != "start" and args.method not in VIRTUAL:
+    raise ValueError(
+      f"--placement {args.placement}: --method {args.method} has no virtual tokens to place"
+    )
   if args.write and args.task not in WRITE:
     raise ValueError(
       f"--write: a model of --task {args.task} writes nothing; it needs lm or seq2seq"
@@ -113,6 +117,8 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
     raise ValueError("--resume and --overwrite exclude each other")
   if args.steps and args.epochs:
     raise ValueError("--steps and --epochs exclude each other")
+  if args.beams != 1 and not args.write:
+    raise ValueError(f"--beams {args.beams}: nothing is written; it goes with --write")
   if args.write < 0:
     raise ValueError(f"--write {args.write}: expected 0 or more prompts")
   for name in (
@@ -150,6 +156,8 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
 def check_template(args: argparse.Namespace) -> None:
   """Makes a `Template` of args.template and a dict of args.verbalizer."""
   prompts = args.method in VIRTUAL
+  if args.init_text is not None and not args.init_text.strip():
+    raise ValueError("--init-text is empty: give the words that the prompt starts from")
   if args.init_text is not None and not prompts:
     raise ValueError(f"--init-text is for {' and '.join(VIRTUAL)}, not for {args.method}")
   if args.template is None:
@@ -295,8 +303,15 @@ def typed(setting: str, text: str, kind):
       return (value,)  # layers=3
     if wanted is str and isinstance(value, int | float):
       return text
-  names = " or ".join(getattr(k, "__name__", str(k)) for k in alternatives)
+  names = " or ".join(map(named, alternatives))
   raise ValueError(f"--set {setting}: expected {names}")
+
+
+def named(kind) -> str:
+  """What a kind of value is called in a message."""
+  if typing.get_origin(kind) is typing.Literal:
+    return " or ".join(map(repr, typing.get_args(kind)))
+  return {bool: "true or false", type(None): "none"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def alternatives_of(kind) -> list:

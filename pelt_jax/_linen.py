@@ -74,6 +74,8 @@ def bypass(apply: Callable) -> Callable:
     >>> pelt.bypass(model.apply)({"params": params}, x).shape
     (2, 3)
   """
+  if isinstance(apply, nn.Module):
+    raise TypeError(f"apply is a {type(apply).__name__}: pass its method, pelt.bypass(model.apply)")
   if not callable(apply):
     raise TypeError(f"apply must be a function such as model.apply, got {type(apply)}")
   module = getattr(apply, "__self__", None)

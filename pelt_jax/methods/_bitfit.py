@@ -15,7 +15,8 @@ def bitfit(targets: Targets = "*", *, layers: Iterable[int] | None = None) -> Tr
   With `targets=("query", "ffn_in")` it is the paper's half-size variant, which trains the query
   bias and the bias of the first feed-forward matrix (b_m2, of width d_m). A task head is trained by
   `pelt.train("head")` beside it. On BERT with four times wider feed-forward layers the count is
-  11 d L + 2 d, the embeddings' LayerNorm and the pooler included.
+  11 d L + 2 d, the embeddings' LayerNorm and the pooler included. Where query, key and value are
+  one projection (GPT-2), its whole bias trains.
 
   Args:
     targets: whose biases: `"*"` for all, roles or path patterns. A leaf that holds a node already

@@ -59,7 +59,8 @@ def p_tuning(
     hidden: H; by default d / 2 for the paper's LSTM, as its code for LAMA has it (d in that for few
       shots), else d. In the paper's MLP alone it is the hidden layer's width.
     lstm_layers: layers of the LSTM.
-    init: what e starts from, as for `prompt_tuning`: a name, or an array (n, d).
+    init: what e starts from, as for `prompt_tuning`: a name, or an array (n, d). What the encoder
+      makes of it is another prompt; only `encoder="none"` starts from those rows themselves.
     tokens: ids for `init="text"` and `init="labels"`.
     vocabulary: how many rows of the table `init="vocabulary"` draws from.
     tune_backbone: whether the model trains too.

@@ -42,14 +42,14 @@ def prefix_tuning(
     length: P, how many keys and values.
     reparametrize: make them by the MLP; False trains them as they are, N(0, 1) at first.
     hidden: the MLP's width.
-    embed_dim: d_e; by default the model's width, as in the released code.
+    embed_dim: d_e; by default the width that attention reads, as in the released code.
     init: per path of an attention core its keys and values, those of words (`prefix_from`) or of
       another task (`prefix_of`); needs `reparametrize=False`.
     dropout: share of the keys and values dropped in training.
     targets: the role or paths of the attention cores.
     layers: layer numbers to keep; all by default.
-    shift_positions: whether tokens stand P positions later, as in the released code and in PEFT;
-      by default wherever the model has positions. Learned positions leave P fewer for text.
+    shift_positions: whether tokens stand P positions later, as in the released code for GPT-2 and
+      in PEFT; by default wherever the model has positions. Learned ones leave P fewer for text.
     dtype: dtype of the prefix; by default that of the keys.
     group: label of the arrays; None freezes them.
 
@@ -70,7 +70,7 @@ def prefix_tuning(
     raise ValueError("init gives keys and values themselves: it needs reparametrize=False")
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
-    cores = _cores(find(sites, targets, kind="call", layers=layers), targets)
+    cores = _cores(find(sites, targets, kind="call", layers=layers), targets, sites)
     if init is not None and set(init) != {c.site.path for c in cores}:
       odd = sorted(set(init) ^ {c.site.path for c in cores})
       raise ValueError(f"init and the attention cores differ at {odd[:4]}; see prefix_from")
@@ -225,7 +225,7 @@ def prefix_from(
   ids = ids[None] if ids.ndim == 1 else ids
   if ids.ndim != 2 or ids.shape[0] != 1:
     raise ValueError(f"ids must be one row of tokens, (P,) or (1, P); got shape {ids.shape}")
-  cores = _cores(find(sites, targets, kind="call"), targets)
+  cores = _cores(find(sites, targets, kind="call"), targets, sites)
   for core in cores:
     params = add_bypass(params, sites, core.site.path, _Tell(stacked=len(core.site.stacked)))
   _, seen = apply({"params": params}, ids, record=("keys", "values"), **kwargs)
@@ -278,15 +278,15 @@ class _Tell(Bypass):
 
 
 class Core(NamedTuple):
-  """An attention core: its site, (key-value heads, head width), and the role's part."""
+  """An attention core: its site, (key-value heads, head width), and the width that it reads."""
 
   site: Site
   heads: tuple[int, int]
   width: int
 
 
-def _cores(found: list, targets: Targets) -> list[Core]:
-  cores = []
+def _cores(found: list, targets: Targets, sites: tuple[Site, ...]) -> list[Core]:
+  cores, calls = [], {s.path: s for s in sites if s.kind == "call"}
   for target in found:
     site = target.site
     if len(site.inputs) < 3 or any(len(s) != 4 for s in site.inputs[:3]):
@@ -297,7 +297,9 @@ def _cores(found: list, targets: Targets) -> list[Core]:
     if len(site.stacked) > 1:
       raise ValueError(f"{site.path!r} is stacked {site.stacked}; a prefix serves one scan")
     queries, keys, _ = site.inputs[:3]
-    cores.append(Core(site, keys[2:], queries[2] * queries[3]))
+    around = calls.get(site.parent)
+    reads = around.shape[-1] if around and len(around.shape) == 3 else queries[2] * queries[3]
+    cores.append(Core(site, keys[2:], reads))
   return cores
 
 

@@ -40,10 +40,10 @@ def prompt_tuning(
     length: P, how many virtual tokens.
     init: `"uniform"`: U(-0.5, 0.5), as in the paper; `"uniform_positive"`: U(0, 0.5), what its
       released code draws; `"normal"`: N(0, 1), as PEFT; `"vocabulary"`: rows of the table, drawn
-      without replacement from the first `vocabulary`; `"text"`: the rows of `tokens`, from the
-      start again where they are fewer than P; `"labels"`: one row per class, the mean over its
-      tokens, the remaining ones as `"vocabulary"`; or an array (P, d), such as the prompt trained
-      for another task.
+      from the first `vocabulary`, without replacement unless those are fewer than P; `"text"`: the
+      rows of `tokens`, from the start again where they are fewer than P; `"labels"`: one row per
+      class, the mean over its tokens, the remaining ones as `"vocabulary"`; or an array (P, d),
+      such as the prompt trained for another task (`prompt_of`).
     tokens: ids of a text (`"text"`), or per class its ids (`"labels"`).
     vocabulary: how many rows of the table, the most frequent in most vocabularies, to draw from.
     targets: the role or path of the token table.

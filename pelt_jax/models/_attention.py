@@ -62,8 +62,10 @@ class AttentionCore(nn.Module):
     groups = k.shape[2]
     # Heads of one group are queries over the same keys: no copy of k and v is made.
     scale = width**-0.5 if self.scale is None else self.scale
-    q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, groups, heads // groups, width)
     wide = at_least_float32(q.dtype)
+    # Rounded once: 48 ** -0.5 in bfloat16 is 0.13 % off.
+    q = (q.astype(wide) * jnp.asarray(scale, wide)).astype(q.dtype)
+    q = q.reshape(batch, length, groups, heads // groups, width)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide)
     if bias is not None:
       scores = scores + _grouped(bias, groups).astype(wide)

@@ -209,6 +209,13 @@ class _Encoder(nn.Module):
     return "/".join(filter(None, (self.prefix, "encoder/layer"))), self.config.num_hidden_layers
 
   @property
+  def learned_positions(self) -> int:
+    """How many positions a text can have; RoBERTa's start behind the padding id."""
+    c = self.config
+    before = (c.pad_token_id or 0) + 1 if c.model_type == "roberta" else 0
+    return c.max_position_embeddings - before
+
+  @property
   def roles(self) -> dict[str, tuple[Role, ...]]:
     """Where the roles live in this family."""
     # "output/dense" alone would also match "attention/output/dense".

@@ -122,7 +122,8 @@ class BertForMaskedLM(_MaskedLM):
     self.cls = BertOnlyMLMHead(self.config, self.dtype)
 
   def _head_roles(self) -> tuple[Role, ...]:
-    return (Role("cls/predictions/transform/dense"),)
+    transform = "cls/predictions/transform"
+    return (Role(f"{transform}/dense"), Role(f"{transform}/LayerNorm"), Role("cls/predictions"))
 
 
 class RobertaForMaskedLM(_MaskedLM):
@@ -133,4 +134,4 @@ class RobertaForMaskedLM(_MaskedLM):
     self.lm_head = RobertaLMHead(self.config, self.dtype)
 
   def _head_roles(self) -> tuple[Role, ...]:
-    return (Role("lm_head/dense"),)
+    return (Role("lm_head/dense"), Role("lm_head/layer_norm"), Role("lm_head"))

@@ -102,5 +102,7 @@ def from_config(
   if num_labels is not None:
     if task not in ("classification", "tagging"):
       raise ValueError(f"num_labels is for classification and tagging, the task is {task!r}")
+    if num_labels < 1:
+      raise ValueError(f"num_labels must be at least 1, got {num_labels}")
     config = config.replace(num_labels=num_labels)
   return classes[task](config, jnp.dtype(dtype), scan, remat)

@@ -178,8 +178,11 @@ def _reader(
   if problems:
     shown = "\n  ".join(problems[:20])
     more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+    hint = ""
+    if model.architecture.endswith("MaskedLM") and problems[0].startswith(("cls.", "lm_head.")):
+      hint = "\nIt was saved without its masked language model's head; no cloze can do without"
     raise ValueError(
-      f"{folder} does not fit its config.json as {type(model).__name__}:\n  {shown}{more}"
+      f"{folder} does not fit its config.json as {type(model).__name__}:\n  {shown}{more}{hint}"
     )
   if fresh:
     _log.warning("%s lacks %s: initialised afresh", folder, ", ".join(fresh))

@@ -1,18 +1,24 @@
 """Several members at one place; each batch row uses the one that `rows` names."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from pelt_jax import _call
 from pelt_jax._node import (
   Branch,
   Bypass,
   Chain,
+  Node,
   Weight,
   base,
+  every_node,
+  innermost,
   is_node,
   own,
   strip,
@@ -20,6 +26,7 @@ from pelt_jax._node import (
   walk,
 )
 from pelt_jax._tree import fold
+from pelt_jax.nodes._prompt import ExtendedEmbedding
 from pelt_jax.nodes._tuned import Guard
 
 
@@ -109,7 +116,8 @@ class Bank(Branch):
 def bank(members: Sequence[dict]) -> dict:
   """One tree that serves several adapters of one base: `rows` chooses a member for each batch row.
 
-  The member axis goes after stacked axes. LoRAs of unequal rank are padded with zeros.
+  The member axis goes after stacked axes. LoRAs of unequal rank are padded with zeros, prompts of
+  unequal length with NaN.
 
   Args:
     members: params with nodes at the same sites, over the same base.
@@ -118,7 +126,7 @@ def bank(members: Sequence[dict]) -> dict:
     Params whose nodes hold all members.
 
   Raises:
-    ValueError: if there are no members, or their sites differ, naming both.
+    ValueError: if there are no members, or their sites or bases differ, naming both.
   """
   members = [fold(m) for m in members]
   if not members:
@@ -131,6 +139,13 @@ def bank(members: Sequence[dict]) -> dict:
       raise ValueError(
         f"members 0 and {i} of the bank differ at {odd[:4]}: give them the same sites"
       )
+  for i, table in enumerate(tables[1:], 1):
+    for path, value in table.items():
+      if not _same(innermost(value), innermost(tables[0][path])) and not _owns(value):
+        raise ValueError(
+          f"members 0 and {i} of the bank have other values at {path!r} of the base: a bank serves "
+          "adapters of one base"
+        )
   out = {}
   for path, first in tables[0].items():
     nodes = [t[path] for t in tables]
@@ -141,6 +156,34 @@ def bank(members: Sequence[dict]) -> dict:
     else:
       out[path] = first
   return update_at({}, out)
+
+
+def members_of(params: dict) -> int | None:
+  """How many members the bank in params has; None without one."""
+  for node in every_node(params):
+    if isinstance(node, BankWeight):
+      return node.count
+    if isinstance(node, Bank) or getattr(node, "banked", False):
+      return jax.tree.leaves(node)[0].shape[node.stacked]
+  return None
+
+
+def _owns(value: Any) -> bool:
+  """Whether what lies innermost is the method's own, as in a leaf that trains as it is."""
+  below = getattr(value, "base", None)
+  while isinstance(below, Weight):
+    value, below = below, getattr(below, "base", None)
+  return isinstance(value, Node) and below is None
+
+
+def _same(a: Any, b: Any) -> bool:
+  """Whether two arrays are equal, as far as it can be told without tracing."""
+  a, b = strip(a), strip(b)
+  if a is b or not all(isinstance(x, jax.Array | np.ndarray) for x in (a, b)):
+    return True
+  if isinstance(a, Tracer) or isinstance(b, Tracer):
+    return True
+  return a.shape == b.shape and bool((a == b).all())
 
 
 def _bank_weight(nodes: list[Any], path: str) -> Any:
@@ -180,9 +223,13 @@ def _stack(nodes: Sequence[Any], axis: int, path: str) -> Any:
   if len(structures) > 1:
     raise ValueError(f"the members of the bank have different nodes at {path!r}: {structures}")
 
+  fill = math.nan if isinstance(nodes[0], ExtendedEmbedding) else 0.0
+
   def join(*arrays: jax.Array) -> jax.Array:
     shape = tuple(max(s) for s in zip(*(jnp.shape(a) for a in arrays), strict=True))
     missing = lambda a: [(0, n - m) for n, m in zip(shape, jnp.shape(a), strict=True)]
-    return jnp.stack([jnp.pad(a, missing(a)) if shape else a for a in arrays], axis=axis)
+    return jnp.stack(
+      [jnp.pad(a, missing(a), constant_values=fill) if shape else a for a in arrays], axis=axis
+    )
 
   return jax.tree.map(join, *nodes)

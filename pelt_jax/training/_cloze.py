@@ -52,8 +52,8 @@ def verbalizer(
   for label in labels:
     given = words[label]
     given = [given] if isinstance(given, str) else list(given)
-    if not given:
-      raise ValueError(f"verbalizer: no word for the class {label!r}")
+    if not given or not all(word.strip() for word in given):
+      raise ValueError(f"verbalizer: no word, or an empty one, for the class {label!r}: {given}")
     ids = [template.token(word, tokenizer) for word in given]
     for word, i in zip(given, ids, strict=True):
       if i in owners:

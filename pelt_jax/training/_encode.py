@@ -12,7 +12,7 @@ from pelt_jax.training._encode_lm import language
 from pelt_jax.training._encode_seq2seq import sources_and_targets
 from pelt_jax.training._encoded import IGNORE, Encoded, check_room, closing_id, fit_in
 from pelt_jax.training._place import place
-from pelt_jax.training._readers import Example, Examples
+from pelt_jax.training._readers import TASKS, Example, Examples, check_example
 from pelt_jax.training._template import Template
 from pelt_jax.training._tokenizer import Tokenizer
 
@@ -27,8 +27,8 @@ def encode(
   limit: int | None = None,
   virtual: Sequence[int] = (),
   placement: str = "start",
-  template: Template | None = None,
-  mask: int | None = None,
+  template: Template | str | None = None,
+  mask: int | bool | None = None,
 ) -> Encoded:
   """Tokenizes a file's examples.
 
@@ -50,12 +50,19 @@ def encode(
     template: Where they stand among words of its own, and perhaps a blank, instead of `placement`
       (classification). Rows of a template with a blank have `at` (), the position to ask.
     mask: What the model reads in a blank: the tokenizer's `mask` for a masked language model, None
-      for a decoder.
+      for a decoder, or False where a decoder's tokenizer has one.
 
   Raises:
     DataError: A label is not among `labels`, or an example is too long; names file and line.
     ValueError: `length` is more than the model has, or the template does not serve.
   """
+  if task not in TASKS:
+    raise ValueError(f"task={task!r}: expected one of {', '.join(TASKS)}")
+  for example in examples:
+    check_example(examples, example, task)
+  if task in ("classification", "tagging") and not labels:
+    raise ValueError(f"labels is empty: {task} needs the classes, labels=label_list(training file)")
+  template = Template(template) if isinstance(template, str) else template
   if template is not None and task != "classification":
     raise ValueError(f"template {template.source!r} is for classification, the task is {task!r}")
   check_room(length, limit, virtual, placement)
@@ -118,7 +125,9 @@ def _numbering(examples: Examples, labels: tuple[str, ...]) -> Callable[[Example
   def id_of(example: Example, name: str) -> int:
     if name not in ids_of:
       raise examples.error(
-        example.line, f"label {name!r} does not occur in training; known are {list(labels)}"
+        example.line,
+        f"label {name!r} does not occur in training, whose labels are {list(labels)}: "
+        "leave such examples out, or train on some",
       )
     return ids_of[name]
 
@@ -133,7 +142,7 @@ def _templated(
   length: int | None,
   limit: int | None,
   virtual: tuple[int, ...],
-  mask: int | None,
+  mask: int | bool | None,
 ) -> Encoded:
   id_of = _numbering(examples, labels)
   rows, truncated = [], 0

@@ -70,7 +70,7 @@ def check_room(
     raise ValueError(f"length={length}: the model has {limit} positions")
   if placement not in PLACEMENTS:
     raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
-  for name, room in (("length", length), ("the model's positions", limit)):
+  for name, room in (("length", length), ("the number of the model's positions", limit)):
     if room is not None and room - len(virtual) < 4:
       raise ValueError(
         f"{len(virtual)} virtual tokens leave no room for text: {name} is {room}, and at least 4 "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pelt_jax._tree import combine, partition
-from pelt_jax.nodes._bank import bank
+from pelt_jax.nodes._bank import bank, members_of
 from pelt_jax.training._encoded import Encoded
 from pelt_jax.training._evaluate import MAIN_METRIC, Evaluator
 from pelt_jax.training._step import TrainStep
@@ -82,7 +82,12 @@ def ensemble(apply: Callable, members: int, by: str = "majority") -> Callable:
 
   @functools.wraps(apply)
   def ask(variables: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    batch = inputs.shape[0]
+    batch, found = inputs.shape[0], members_of(variables["params"])
+    if found != members:
+      holds = "no bank" if found is None else f"a bank of {found}"
+      raise ValueError(f"members={members}, but params hold {holds}: pass those of pelt.bank(...)")
+    if "rows" in kwargs:
+      raise ValueError("rows: an ensemble asks all members about every row, so leave rows out")
 
     def repeated(x: Any) -> Any:
       rows = getattr(x, "shape", ())[:1] == (batch,)

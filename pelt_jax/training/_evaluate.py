@@ -8,7 +8,7 @@ import jax
 from pelt_jax.training._batch import Batch, batches
 from pelt_jax.training._compile import Compiled
 from pelt_jax.training._encoded import Encoded
-from pelt_jax.training._ids import check_ids
+from pelt_jax.training._ids import check_ids, check_rows
 from pelt_jax.training._loss import LOSSES
 from pelt_jax.training._metrics import classification_scores, entity_scores, language_scores
 
@@ -19,6 +19,13 @@ MAIN_METRIC = {
   "lm": ("loss", False),
   "seq2seq": ("loss", False),
 }
+
+
+def _span(row: dict) -> int:
+  """How many positions a row needs."""
+  if "position_ids" in row:
+    return int(row["position_ids"].max()) + 1
+  return max(len(row["input_ids"]), row["labels"].size)
 
 
 class Evaluator:
@@ -44,6 +51,7 @@ class Evaluator:
   ):
     self._data, self._size, self._lengths = data, size, lengths
     self._apply, self._highest = apply, max(int(row["input_ids"].max()) for row in data.rows)
+    self._longest = max(map(_span, data.rows))
     self._place = place or (lambda batch: batch)
     loss = LOSSES[data.task]
     self.program = Compiled(lambda params, batch: loss(apply, params, batch, None), by=1, **options)
@@ -51,6 +59,7 @@ class Evaluator:
   def __call__(self, params: Any) -> dict[str, float]:
     """Scores of `params`: `loss` and, by task, accuracy and F1, entity F1, or bits per byte."""
     check_ids(self._apply, params, self._highest)
+    check_rows(self._apply, params, self._longest)
     total = weights = 0.0
     data, predicted = self._data, {}
     for indices, batch in batches(data, self._size, self._lengths):

@@ -9,11 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from pelt_jax._node import every_node, walk
-from pelt_jax.nodes import Shift
-from pelt_jax.training._ids import check_ids, models_of
+from pelt_jax.training._ids import check_ids, learned_positions, models_of, positions_taken
 
 Array = jax.Array
 
@@ -139,11 +136,10 @@ def check_positions(
 
   The last new token is never read, so it needs no position.
   """
-  limits = (getattr(model, "learned_positions", None) for model in models_of(apply))
-  limit = next((n for n in limits if n is not None), None)
+  limit = learned_positions(apply)
   if limit is None:
     return
-  shift = _shift(params, rows)
+  shift = positions_taken(params, rows)
   free = limit - shift
   has = f"the model has learned {limit} positions" + (f", a prefix takes {shift}" if shift else "")
   if start and mask.shape[1] > free:
@@ -154,20 +150,6 @@ def check_positions(
       f"max_new_tokens={steps} behind {given} tokens needs {given + steps - 1} positions: {has}; "
       f"at most {max(free - given + 1, 0)} new tokens fit"
     )
-
-
-def _shift(params: Any, rows: Any) -> int:
-  """How many positions later than usual the tokens stand."""
-
-  def most(node: Shift) -> int:
-    by = node.array("by")
-    if isinstance(by, Tracer):  # inside a program of the caller's: not known here
-      return 0
-    by = np.asarray(by)
-    return int((by[..., np.asarray(rows)] if node.banked and rows is not None else by).max())
-
-  shifts = ([most(n) for n in every_node(v) if isinstance(n, Shift)] for _, v in walk(params))
-  return max(map(sum, shifts), default=0)
 
 
 def stopping_tokens(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:

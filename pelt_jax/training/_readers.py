@@ -277,7 +277,9 @@ def _header(
     return ["text", "label"], rows
   groups = " or ".join(",".join(group) for group in _NEEDS[task])
   raise file.error(
-    line, f"the header {names} does not name {groups}: pass columns, as in `--columns text,label`"
+    line,
+    f"the header {names} does not name {groups}: pass columns, as in "
+    f"`--columns {','.join(_NEEDS[task][-1])}`",
   )
 
 
@@ -325,13 +327,18 @@ def _label_words(file: Examples, text: str) -> list[Example]:
 _TAG = re.compile(r"O|[BI]-\S+")
 
 
-def _check(file: Examples, example: Example, task: str) -> None:
+def check_example(file: Examples, example: Example, task: str) -> None:
+  """Raises DataError where an example lacks a field that a task needs."""
   present = {n for n in FIELDS if getattr(example, n) is not None}
   if not any(set(group) <= present for group in _NEEDS[task]):
     groups = " or ".join(" and ".join(f"`{n}`" for n in group) for group in _NEEDS[task])
     raise file.error(
       example.line, f"{task} needs {groups}; this example has {sorted(present) or 'none of them'}"
     )
+
+
+def _check(file: Examples, example: Example, task: str) -> None:
+  check_example(file, example, task)
   if task == "classification" and not (example.label or "").strip():
     raise file.error(example.line, "the label is empty")
   if task == "tagging":

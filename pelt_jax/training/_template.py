@@ -66,8 +66,13 @@ class Template:
           f"template {self.source!r}: {part} means nothing; known are {{text}}, {{p:3}} (three "
           "virtual tokens) and [MASK]"
         )
-    for part, most in (("{text}", 1), ("[MASK]", 1)):
-      if self.source.count(part) > most:
+    rest = _PARTS.sub("", self.source)
+    if "{" in rest or "}" in rest or "[mask]" in rest.lower():
+      raise ValueError(
+        f"template {self.source!r}: braces hold text or p:N alone, and the blank is written [MASK]"
+      )
+    for part in ("{text}", "[MASK]"):
+      if self.source.count(part) > 1:
         raise ValueError(f"template {self.source!r}: {part} comes more than once")
     if "{text}" not in self.source:
       raise ValueError(f"template {self.source!r}: {{text}} is missing, the place of the text")
@@ -93,7 +98,7 @@ class Template:
     text: str,
     tokenizer: Tokenizer,
     virtual: Sequence[int] = (),
-    mask: int | None = None,
+    mask: int | bool | None = None,
     room: int | None = None,
   ) -> Filled:
     """Puts a text in its place.
@@ -102,7 +107,8 @@ class Template:
       text: The text.
       tokenizer: The model's.
       virtual: Ids of the virtual tokens, as many as the template has.
-      mask: What the model reads in the blank; None for a decoder, which reads up to there.
+      mask: What the model reads in the blank; None for a decoder, which reads up to there, or
+        False where its tokenizer has a mask all the same.
       room: Most tokens in all; the text is cut at its end. None: any.
 
     Raises:
@@ -114,6 +120,12 @@ class Template:
         f"template {self.source!r} has slots for {self.virtual} virtual tokens, and the prompt has "
         f"{len(virtual)}: make them as many"
       )
+    if self.blank and mask is None and getattr(tokenizer, "mask", None) is not None:
+      raise ValueError(
+        f"template {self.source!r}: pass mask=tokenizer.mask for a masked language model, or "
+        "mask=False for a decoder"
+      )
+    mask = None if mask is False else mask
     asks_next = self.blank and mask is None
     if asks_next and not self.source.rstrip().endswith("[MASK]"):
       raise ValueError(

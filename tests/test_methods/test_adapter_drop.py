@@ -72,7 +72,7 @@ def test_the_backward_pass_ends_above_the_dropped_layers():
   assert counts[0] - counts[1] > 10 and counts[1] - counts[2] > 10
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=LONG), True])
 def test_one_program_serves_every_n(scan):
   method = pelt.adapter_drop(0, robust=True, bottleneck=5)
   model, base, params, apply = adapted(method, scan=scan)
@@ -128,7 +128,7 @@ def test_n_is_drawn_once_per_batch_and_evenly():
     apply({"params": params}, IDS, train_nodes=True)
 
 
-@pytest.mark.parametrize("style", ["houlsby", "parallel"])
+@pytest.mark.parametrize("style", ["houlsby", pytest.param("parallel", marks=LONG)])
 def test_taps_stay_inside_their_arm(style):
   method = pelt.adapter_drop(1, robust=True, style=style, bottleneck=5)
   _, _, params, apply = adapted(method, "llama", scan=True)

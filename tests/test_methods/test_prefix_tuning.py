@@ -241,3 +241,68 @@ def test_another_tasks_prefix_is_where_training_starts(options):
   for wrong, match in ((base, "no prefix"), (banked, "a bank"), (several, "several prefixes")):
     with pytest.raises(ValueError, match=match):
       pelt.prefix_of(wrong)
+
+
+def counted(method, config, **sizes):
+  """Counts and shapes of a model that is never made."""
+  model = models.from_config(config | sizes, task="encoder", scan=True)
+  ids = jnp.zeros((1, 4), jnp.int32)
+  base = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+  sites = pelt.sites(model, ids)
+  params = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, sites), base)
+  return pelt.count(params), params
+
+
+def test_counts_are_the_published_ones():
+  """GPT-2 medium with l = 5 and 10; BERT-base with l = 10, stored and in training."""
+  medium = {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 7}
+  for length, stored in ((5, 245_760), (10, 491_520)):
+    counts, _ = counted(pelt.prefix_tuning(length), medium)
+    assert counts.stored == stored
+    d, k, out = 1024, 512, 2 * 24 * 1024
+    assert counts.trainable == length * d + d * k + k + k * out + out
+  bert = {"model_type": "bert", "hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 7}
+  counts, _ = counted(pelt.prefix_tuning(10), bert, num_attention_heads=12)
+  assert (counts.stored, counts.trainable) == (184_320, 10 * 768 + 9_849_344)
+
+
+def test_starts():
+  """E from N(0, 1), the MLP's maps from U(-1/sqrt(n), 1/sqrt(n)), flat prefixes from N(0, 1)."""
+  model, base = built("qwen3", "lm")  # its heads are wider together than the model
+  sites = pelt.sites(model, tokens(1, 4))
+  params = pelt.prefix_tuning(200).init(jax.random.key(0), base, sites)
+  (made,) = params["generators"].values()
+  embedding, w1, b1, w2, b2 = jax.tree.leaves(made)
+  assert embedding.shape == (200, 32) and w1.shape == (32, 512)
+  np.testing.assert_allclose([embedding.mean(), embedding.std()], [0, 1], atol=0.03)
+  for array, n in ((w1, 32), (b1, 32), (w2, 512), (b2, 512)):
+    top = float(jnp.abs(array).max())
+    assert 0.93 * n**-0.5 < top <= n**-0.5, (array.shape, top)
+    np.testing.assert_allclose(array.std(), (3 * n) ** -0.5, rtol=0.08)
+  _, _, flat, _ = prefixed("llama", 200)
+  for _, node in prefixes(flat):
+    for array in (node.keys, node.values):
+      np.testing.assert_allclose([array.mean(), array.std()], [0, 1], atol=0.03)
+  _, deep = counted(pelt.p_tuning_v2(3), {"model_type": "llama", "vocab_size": 7})
+  assert all(node.dropout is not None for _, node in prefixes(deep))
+  small = pelt.p_tuning_v2(3).init(jax.random.key(0), base, sites)
+  assert [float(n.dropout.rate[0]) for _, n in prefixes(small)] == [pytest.approx(0.1)]
+
+
+def test_three_prefixes_of_an_encoder_decoder():
+  """Encoder, decoder and cross attention: an MLP each, 2 l d numbers a layer stored."""
+  model, base = built("bart", "seq2seq")
+  sites = pelt.sites(model, tokens(1, 4), decoder_input_ids=tokens(1, 3))
+  params = pelt.prefix_tuning(2, hidden=4).init(jax.random.key(0), base, sites)
+  assert len(params["generators"]) == 3
+  assert pelt.count(params).stored == 2 * 2 * 32 * (2 + 3 + 3)
+
+
+def test_zero_keys_and_values_are_no_identity():
+  """They take l / (l + sum_j exp(q . k_j / sqrt(d_h))) of the softmax, against what PEFT says."""
+  model, base, params, apply = prefixed("llama", shift_positions=False)
+  zero = jax.tree.map(jnp.zeros_like, pelt.partition(params)[0])
+  params = pelt.combine(zero, pelt.partition(params)[1])
+  ids = tokens(2, 6)
+  apart = jnp.abs(apply({"params": params}, ids) - model.apply({"params": base}, ids)).max()
+  assert float(apart) > 1e-2

@@ -77,14 +77,16 @@ def prefixed(theirs, base, sites, projection):
   if projection:
     (name,) = params["generators"]
     first, last = encoder.transform[0], encoder.transform[2]
-    params["generators"][name] = params["generators"][name].replace(
+    before = params["generators"][name]
+    params["generators"][name] = before.replace(
       embedding=array(encoder.embedding.weight),
       w1=array(first.weight).T,
       b1=array(first.bias),
       w2=array(last.weight).T,
       b2=array(last.bias),
     )
-    assert params["generators"][name].w1.shape == (encoder.embedding.weight.shape[1], 8)
+    shapes = [[x.shape for x in jax.tree.leaves(n)] for n in (before, params["generators"][name])]
+    assert shapes[0] == shapes[1]  # ours are theirs, embedding included
     return params
   prefixes = {p: v for p, v in walk(params) if isinstance(v, pelt.nodes.Prefix)}
   heads = next(iter(prefixes.values())).keys.shape[-2:]

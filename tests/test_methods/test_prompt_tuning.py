@@ -224,3 +224,16 @@ def test_bad_targets():
     pelt.prompt_tuning(4).init(jax.random.key(0), params, sites)
   with pytest.raises(ValueError, match="virtual tokens are no rows"):
     pelt.merge(params)
+
+
+def test_a_bank_has_one_base_and_short_prompts_end_in_nan():
+  model, base, first = prompted("llama", 2)
+  sites, ids = pelt.sites(model, tokens(2, 6)), in_front(tokens(2, 6))
+  second = pelt.prompt_tuning(4).init(jax.random.key(7), base, sites)
+  bank = pelt.bank([first, second])
+  assert pelt.virtual_tokens(bank) == range(VOCAB, VOCAB + 4)
+  out = pelt.bypass(model.apply)({"params": bank}, ids, rows=np.array([0, 1]))
+  assert jnp.isnan(out[0]).all() and not jnp.isnan(out[1]).any()
+  other = jax.tree.map(lambda x: x + 1, base)
+  with pytest.raises(ValueError, match="members 0 and 1 of the bank have other values at "):
+    pelt.bank([second, pelt.prompt_tuning(4).init(jax.random.key(7), other, sites)])

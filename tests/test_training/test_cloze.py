@@ -65,6 +65,8 @@ def test_the_text_is_cut_and_nothing_else(bert):  # noqa: F811
   ("{text} {text}", "comes more than once"),
   ("{text} [MASK] [MASK]", "comes more than once"),
   ("{p:0} {text}", "{p:0} means nothing"),
+  ("{text} [mask]", r"the blank is written \[MASK\]"),
+  ("{{p}} {text}", "braces hold text or p:N alone"),
 ])  # fmt: skip
 def test_bad_templates(source, match):
   with pytest.raises(ValueError, match=match):
@@ -95,7 +97,8 @@ def test_a_blank_of_a_decoder_is_its_next_token():
   ({"0": "a"}, r"no word for the classes \['1'\]"),
   ({"0": "a", "1": "bad", "2": "."}, r"\['2'\] are no classes"),
   ({"0": "a", "1": "a"}, "'a' of the class '1' is the same token as 'a' of the class '0'"),
-  ({"0": "a", "1": []}, "no word for the class '1'"),
+  ({"0": "a", "1": []}, "for the class '1'"),
+  ({"0": "a", "1": ["bad", " "]}, "or an empty one, for the class '1'"),
   ({"0": "a", "1": "badly"}, "'badly' is 2 tokens in the blank"),
 ])  # fmt: skip
 def test_bad_verbalizers(bert, words, match):  # noqa: F811
@@ -263,6 +266,11 @@ def test_the_main_job_asks_a_decoder(finetune, tmp_path, more):
   (("--init-text", "a"), "--init-text is for prompt_tuning and p_tuning, not for lora"),
   (("--method", "prompt_tuning", "--set", "init=text"), "pass --init-text"),
   (("--method", "prompt_tuning", "--set", "init=normal", "--init-text", "a"), "from another"),
+  (("--placement", "end"), "--method lora has no virtual tokens to place"),
+  (("--beams", "3"), "it goes with --write"),
+  (("--method", "prompt_tuning", "--init-text", " "), "--init-text is empty"),
+  (("--method", "p_tuning", "--set", "encoder=gru"), "expected 'lstm' or 'mlp' or 'none'"),
+  (("--method", "prefix_tuning", "--set", "reparametrize=no"), "expected true or false"),
   (("--template", "{text}[MASK]", "--verbalizer", "nowhere.json"), "no such file"),
   (("--template", "{text}[MASK]", "--verbalizer", "{1"), "not JSON"),
   (("--template", "{text}[MASK]", "--verbalizer", '{"a": 1}'), "expected {"),

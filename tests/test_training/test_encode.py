@@ -294,7 +294,9 @@ def test_virtual_tokens_need_room_and_a_place(bert):
   options = dict(labels=("n", "y"), virtual=VIRTUAL)
   with pytest.raises(ValueError, match="2 virtual tokens leave no room for text: length is 5"):
     training.encode(example, bert, "classification", length=5, **options)
-  with pytest.raises(ValueError, match="leave no room for text: the model's positions is 5"):
+  with pytest.raises(
+    ValueError, match="leave no room for text: the number of the model's positions is 5"
+  ):
     training.encode(example, bert, "classification", limit=5, **options)
   with pytest.raises(ValueError, match="placement must be one of"):
     training.encode(example, bert, "classification", placement="middle", **options)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import pelt_jax as pelt
-from pelt_jax import training
+from pelt_jax import models, training
 from pelt_jax.training import _generate
 from pelt_jax.training._beam import beam_search
 from pelt_jax.training._generate import generate, restrict
-from tests.test_models.helpers import VOCAB, built, padded, tokens
+from tests.test_models.helpers import CONFIGS, PAD, VOCAB, built, padded, tokens
 from tests.test_training import tiny
 
 
@@ -302,3 +302,25 @@ def test_ids_past_the_vocabulary_need_their_prompt():
   training.generate(apply, bank, ids, max_new_tokens=2, rows=np.array([1]))
   masked = np.array([[999, 5, 6, 7]]), np.array([[0, 1, 1, 1]])
   training.generate(apply, base, *masked, max_new_tokens=2)
+
+
+def test_rows_past_the_learned_positions_are_refused_before_they_are_nan():
+  config = tiny.BERT | {"max_position_embeddings": 9}
+  model = models.from_config(config, task="classification", num_labels=2)
+  ids = np.array([[5, 6, 7, 8]])
+  base = model.init(jax.random.key(0), ids)["params"]
+  prefix = pelt.prefix_tuning(3, reparametrize=False).init(
+    jax.random.key(1), base, pelt.sites(model, ids)
+  )
+  assert training.positions_taken(prefix) == 3 and training.positions_taken(base) == 0
+  rows = lambda n: training.Encoded(
+    "classification", ({"input_ids": np.full(n, 5), "labels": np.array(1)},), ("a", "b")
+  )
+  apply = pelt.bypass(model.apply)
+  for params, most in ((base, 9), (prefix, 6)):
+    run = lambda n, p=params: training.Evaluator(apply, rows(n), 1, (n,))(p)
+    assert np.isfinite(run(most)["loss"])
+    with pytest.raises(ValueError, match=f"learned 9 positions.* encode with length={most}"):
+      run(most + 1)
+  roberta = models.from_config(CONFIGS["roberta"], task="encoder")
+  assert roberta.learned_positions == 64 - (PAD + 1)
