@@ -85,8 +85,8 @@ def prefixed(theirs, base, sites, projection):
       w2=array(last.weight).T,
       b2=array(last.bias),
     )
-    shapes = [[x.shape for x in jax.tree.leaves(n)] for n in (before, params["generators"][name])]
-    assert shapes[0] == shapes[1]  # ours are theirs, embedding included
+    shapes = [(n.b1.shape, n.w2.shape, n.b2.shape) for n in (before, params["generators"][name])]
+    assert shapes[0] == shapes[1]  # PEFT's embedding is as wide as a layer's keys
     return params
   prefixes = {p: v for p, v in walk(params) if isinstance(v, pelt.nodes.Prefix)}
   heads = next(iter(prefixes.values())).keys.shape[-2:]
