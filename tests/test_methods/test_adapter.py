@@ -243,6 +243,7 @@ def test_parallel_with_the_identity_is_a_lora():
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+@LONG
 @pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=LONG)])
 def test_heads_before_their_projection(name):
   """Multi-head parallel: (heads + u(x)) W_o."""
@@ -269,6 +270,7 @@ def test_heads_before_their_projection(name):
     close(np.asarray(seen[path]["out"])[n], want, 1e-5)
 
 
+@LONG
 @pytest.mark.parametrize(
   "style", ["houlsby", *(pytest.param(s, marks=LONG) for s in ("pfeiffer", "scaled_parallel"))]
 )
@@ -286,6 +288,7 @@ def test_looped_equals_scanned_and_rematerialized(style):
     model.apply({"params": params}, ids)
 
 
+@LONG
 def test_padding_changes_nothing_and_rows_stand_alone():
   model, base = built("bert", "encoder")
   sites = pelt.sites(model, tokens(2, 6))
@@ -297,6 +300,7 @@ def test_padding_changes_nothing_and_rows_stand_alone():
   close(apply({"params": params}, ids[::-1], mask[::-1]), whole[::-1], 5e-6)
 
 
+@LONG
 def test_rows_choose_the_task():
   model, base = built("llama", "encoder")
   sites, ids = pelt.sites(model, tokens(2, 6)), tokens(2, 6)
@@ -326,6 +330,7 @@ def test_layers_left_out_and_widths_by_layer():
       )
 
 
+@LONG
 def test_dropout_is_of_training_and_differs_by_layer():
   model, base = built("llama", "encoder")
   ids = tokens(2, 6)

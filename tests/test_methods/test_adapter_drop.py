@@ -92,6 +92,7 @@ def test_one_program_serves_every_n(scan):
   close(run(params, LAYERS), model.apply({"params": base}, IDS), 2e-6)
 
 
+@LONG
 @pytest.mark.parametrize("scan", [False, pytest.param(True, marks=LONG)])
 def test_gradients_of_dropped_layers_are_zero(scan):
   _, _, params, apply = adapted(pelt.adapter_drop(2, robust=True, bottleneck=5), scan=scan)
@@ -110,6 +111,7 @@ def test_gradients_of_dropped_layers_are_zero(scan):
   assert sizes[:2] == [0.0, 0.0] and sizes[2] > 0
 
 
+@LONG
 def test_n_is_drawn_once_per_batch_and_evenly():
   """The same n in all layers of a call; 0, ..., L - 1 alike; the top adapter always acts."""
   _, _, params, apply = adapted(pelt.adapter_drop(0, robust=True, bottleneck=5))
@@ -128,6 +130,7 @@ def test_n_is_drawn_once_per_batch_and_evenly():
     apply({"params": params}, IDS, train_nodes=True)
 
 
+@LONG
 @pytest.mark.parametrize("style", ["houlsby", pytest.param("parallel", marks=LONG)])
 def test_taps_stay_inside_their_arm(style):
   method = pelt.adapter_drop(1, robust=True, style=style, bottleneck=5)

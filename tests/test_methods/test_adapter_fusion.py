@@ -57,6 +57,7 @@ def test_one_adapter_with_the_identity_is_that_adapter(name):
   close(apply({"params": with_fields(params, value=identity)}, ids), want, 2e-6)
 
 
+@LONG
 def test_equal_adapters_need_no_choice():
   model, base, sites, members = tasks(count=1)
   same = dict.fromkeys(NAMES, members["sst2"])
@@ -150,6 +151,7 @@ def test_stage_two_trains_queries_keys_and_values_alone():
     np.testing.assert_array_equal(before.members.down[:, i], node.branch.down)
 
 
+@LONG
 def test_looped_saved_and_refused_by_merge(tmp_path):
   from pelt_jax import models
 
@@ -165,6 +167,7 @@ def test_looped_saved_and_refused_by_merge(tmp_path):
     pelt.merge(params)
 
 
+@LONG
 def test_heads_are_the_tasks_own_and_other_leaves_an_error():
   model, base = built("bert", "classification")
   sites = pelt.sites(model, tokens(2, 6))

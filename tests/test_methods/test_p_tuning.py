@@ -291,6 +291,7 @@ def test_one_table_holds_one_prompt():
     apply({"params": plain}, tokens(2, 6))
 
 
+@pytest.mark.parity
 def test_another_tasks_prompt_is_where_training_starts():
   model, base = built("qwen2", "lm")
   sites = pelt.sites(model, tokens(2, 6))

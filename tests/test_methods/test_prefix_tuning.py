@@ -229,6 +229,7 @@ def test_bad_targets():
     model.apply({"params": params}, tokens(2, 6))
 
 
+@LONG
 @pytest.mark.parametrize("options", [{}, {"reparametrize": True, "hidden": 8}])
 def test_another_tasks_prefix_is_where_training_starts(options):
   model, base, trained, apply = prefixed("llama", **options)
@@ -298,6 +299,7 @@ def test_three_prefixes_of_an_encoder_decoder():
   assert pelt.count(params).stored == 2 * 2 * 32 * (2 + 3 + 3)
 
 
+@LONG
 def test_zero_keys_and_values_are_no_identity():
   """They take l / (l + sum_j exp(q . k_j / sqrt(d_h))) of the softmax, against what PEFT says."""
   model, base, params, apply = prefixed("llama", shift_positions=False)

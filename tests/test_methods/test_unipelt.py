@@ -87,6 +87,7 @@ def test_open_gates_are_the_sum_of_the_parts():
   assert np.abs(np.asarray(apply({"params": params}, ids, MASK) - want)[0]).max() > 1e-3
 
 
+@LONG
 def test_closed_gates_of_lora_and_adapter_leave_the_prefix():
   model, base, params, apply = unified(parts=("lora", "adapter"))
   ids = tokens(2, 6)
@@ -98,6 +99,7 @@ def test_closed_gates_of_lora_and_adapter_leave_the_prefix():
   assert np.abs(np.asarray(got - model.apply({"params": base}, ids, MASK))[0]).max() > 1e-3
 
 
+@LONG
 def test_padding_moves_the_gates_only_where_asked():
   for pool, same in (("mean", True), ("mean_all", False), ("token", True)):
     _, _, params, apply = unified(gate_pool=pool)
@@ -109,6 +111,7 @@ def test_padding_moves_the_gates_only_where_asked():
     assert (apart < 5e-6) == same, (pool, apart)
 
 
+@LONG
 def test_rows_stand_alone():
   _, _, params, apply = unified()
   ids = tokens(2, 6)
@@ -116,6 +119,7 @@ def test_rows_stand_alone():
   close(apply({"params": params}, ids[::-1], MASK[::-1]), whole[::-1], 5e-6)
 
 
+@LONG
 def test_looped_equals_scanned_and_banked_rows_their_own_runs():
   model, _, params, apply = unified()
   ids = tokens(2, 6)
@@ -175,6 +179,7 @@ def test_a_causal_model_refuses_the_mean_and_stays_causal_by_token():
   close(apply({"params": params}, ids)[:, :4], apply({"params": params}, ids[:, :4]), 5e-6)
 
 
+@LONG
 def test_gpt2s_joint_projection_has_a_gate_per_part():
   _, _, params, apply = unified("gpt2", gate_pool="token", fused=((0, 2), 3))
   assert sorted(g.kernel.shape[-1] for g in gates_of(params)) == [1, 2]
@@ -201,6 +206,7 @@ def test_counts_are_the_published_ones():
   assert glue.stored == 12 * (2 * 16 * 768 + 2 * 16 * 768 + 16 + 768)
 
 
+@LONG
 def test_mam_is_the_chain():
   model, base = built("bert", "encoder")
   sites, ids = pelt.sites(model, tokens(2, 6)), tokens(2, 6)

@@ -204,6 +204,7 @@ def arguments(tmp_path, folder, *more, steps=8):
   ]
 
 
+@pytest.mark.parity
 def test_the_main_job_fills_blanks(finetune, tmp_path):
   folder = tiny.save_bert(tmp_path / "bert", task="mlm", spread=0.5)
   report = finetune.main(

@@ -49,6 +49,7 @@ def test_votes():
     training.vote(scores[0, 0])
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("method", METHODS)
 def test_one_forward_pass_asks_what_a_loop_asks(method):
   apply, members, batch = runs(method)
@@ -73,6 +74,7 @@ class Ballots(nn.Module):
     return nn.Embed(5, 3, name="table")(ids)[:, 0]
 
 
+@pytest.mark.parity
 def test_scores_by_hand():
   best, loud = jnp.eye(3), 9 * jnp.eye(3)  # the loud decide the mean
   ballots = [
