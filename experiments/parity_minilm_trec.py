@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import pelt_jax as pelt
-from pelt_jax._node import walk
+from pelt_jax._walk import walk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01

@@ -5,7 +5,7 @@ from pelt_jax import models as models
 from pelt_jax import nodes as nodes
 from pelt_jax import training as training
 from pelt_jax._linen import bypass as bypass
-from pelt_jax._linen import sites as sites
+from pelt_jax._linen_sites import sites as sites
 from pelt_jax._node import unbox as unbox
 from pelt_jax._rules import rule as rule
 from pelt_jax._save import load as load

@@ -17,7 +17,7 @@ labels, holes, shapes and partition specs.
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
@@ -357,64 +357,6 @@ def unbox(tree: Any) -> Any:
 def is_node(x: Any) -> bool:
   """Whether `x` is a node; the `is_leaf` of tree walks that stop at nodes."""
   return isinstance(x, Node)
-
-
-def walk(params: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-  """Yields `(path, value)` for every leaf and node of nested dicts, in order."""
-  if isinstance(params, Mapping):
-    for key, value in params.items():
-      yield from walk(value, (*path, str(key)))
-  else:
-    yield "/".join(path), params
-
-
-def every_node(tree: Any) -> Iterator[Node]:
-  """All nodes of a tree, those inside other nodes too."""
-  for value in jax.tree.leaves(tree, is_leaf=is_node):
-    if isinstance(value, Node):
-      yield value
-      for _, below in value.children():
-        yield from every_node(below)
-
-
-def update_at(params: Any, changes: Mapping[str, Any]) -> dict:
-  """A copy of nested dicts with the values at some paths set; missing dicts are made."""
-  new = dict(params)
-  below: dict[str, dict[str, Any]] = {}
-  for path, value in changes.items():
-    head, _, rest = path.partition("/")
-    if rest:
-      below.setdefault(head, {})[rest] = value
-    else:
-      new[head] = value
-  for head, some in below.items():
-    new[head] = update_at(new.get(head, {}), some)
-  return new
-
-
-def get_at(params: Any, path: str) -> Any:
-  """The value at a path of nested dicts, or None."""
-  for key in path.split("/") if path else ():
-    if not isinstance(params, Mapping) or key not in params:
-      return None
-    params = params[key]
-  return params
-
-
-def map_arrays(fn: Callable[[str, str | None, Any, str], Any], tree: Any, *, is_leaf=None) -> Any:
-  """Maps `fn(kind, group, value, path)` over all arrays; arrays outside nodes have kind `base`."""
-
-  def visit(value: Any, kind: str, group: str | None, path: str) -> Any:
-    if isinstance(value, Node):
-      new = {n: visit(v, value.kinds[n], value.group, f"{path}/{n}") for n, v in value.children()}
-      return value.replace(**new)
-    if isinstance(value, Mapping):
-      return {k: visit(v, kind, group, f"{path}/{k}" if path else str(k)) for k, v in value.items()}
-    if type(value) in (tuple, list):
-      return type(value)(visit(v, kind, group, f"{path}/{i}") for i, v in enumerate(value))
-    return jax.tree.map(lambda x: fn(kind, group, x, path), value, is_leaf=is_leaf)
-
-  return visit(tree, "base", None, "")
 
 
 def spread(value: jax.Array, like: Any) -> jax.Array:

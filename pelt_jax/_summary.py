@@ -5,9 +5,10 @@ import math
 import re
 from typing import Any
 
-from pelt_jax._node import Node, Weight, map_arrays, walk
+from pelt_jax._node import Node, Weight
 from pelt_jax._site import Site
 from pelt_jax._tree import _label, count
+from pelt_jax._walk import map_arrays, walk
 
 
 def summary(params: dict, sites: tuple[Site, ...] | None = None) -> None:

@@ -11,20 +11,9 @@ import jax.numpy as jnp
 import optax
 from flax.core import meta
 
-from pelt_jax._node import (
-  GENERATORS,
-  Bypass,
-  Node,
-  Weight,
-  every_node,
-  innermost,
-  map_arrays,
-  strip,
-  unbox,
-  update_at,
-  walk,
-)
+from pelt_jax._node import GENERATORS, Bypass, Node, Weight, innermost, strip, unbox
 from pelt_jax._site import Site
+from pelt_jax._walk import every_node, map_arrays, update_at, walk
 
 HOLE = optax.MaskedNode()
 

@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pelt_jax._node import every_node, walk
 from pelt_jax._site import Site
 from pelt_jax._tree import fold
+from pelt_jax._walk import every_node, walk
 from pelt_jax.interop._peft_files import read_config, write_folder
 from pelt_jax.interop._peft_lora_export import ORDER, lora_files
 from pelt_jax.interop._peft_lora_load import load_lora

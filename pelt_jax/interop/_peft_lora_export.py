@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pelt_jax._node import Node, Weight, walk
+from pelt_jax._node import Node, Weight
+from pelt_jax._walk import walk
 from pelt_jax.interop._factors import Factors, all_factors, combined
 from pelt_jax.interop._peft_saved import (
   heads,

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._node import get_at, update_at
 from pelt_jax._transform import box_names, like_box
+from pelt_jax._walk import get_at, update_at
 from pelt_jax.interop._peft_files import CONFIG, Tensors, complain
 from pelt_jax.interop._peft_lora_config import Config
 from pelt_jax.interop._peft_lora_export import PREFIX

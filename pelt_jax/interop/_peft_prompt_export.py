@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pelt_jax._node import Bypass, Node, walk
+from pelt_jax._node import Bypass, Node
+from pelt_jax._walk import walk
 from pelt_jax.interop._factors import QUANTIZED
 from pelt_jax.interop._peft_saved import heads, modules_to_save, stored, torch_array, unguarded
 from pelt_jax.interop._places import Place, is_tied, is_tokens, places, task_type

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._linen import sites as sites_of
-from pelt_jax._node import get_at, update_at
+from pelt_jax._linen_sites import sites as sites_of
 from pelt_jax._site import Site, find
 from pelt_jax._transform import like_box
+from pelt_jax._walk import get_at, update_at
 from pelt_jax.interop._peft_files import COMMON, CONFIG, Tensors, complain
 from pelt_jax.interop._peft_prompt_export import (
   ONE_PREFIX,

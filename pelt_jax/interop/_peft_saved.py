@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._node import get_at, materialize, strip
+from pelt_jax._node import materialize, strip
 from pelt_jax._transform import box_names, like_box
+from pelt_jax._walk import get_at
 from pelt_jax.interop._factors import plain
 from pelt_jax.interop._peft_files import Tensors
 from pelt_jax.interop._places import Place, task_type

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pelt_jax._node import Node, Weight, strip, walk
+from pelt_jax._node import Node, Weight, strip
 from pelt_jax._site import matches
+from pelt_jax._walk import walk
 from pelt_jax.models import torch_name
 from pelt_jax.models._layers import stacks
 from pelt_jax.models._names import transposed

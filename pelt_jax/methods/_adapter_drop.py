@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from pelt_jax._node import Bypass, Chain, update_at, walk
+from pelt_jax._node import Bypass, Chain
 from pelt_jax._site import Site, find
 from pelt_jax._transform import Transform, add_bypass
+from pelt_jax._walk import update_at, walk
 from pelt_jax.methods._adapter import adapter
 from pelt_jax.nodes import DropBelow
 

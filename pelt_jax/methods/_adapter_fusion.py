@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Branch, Bypass, Chain, Node, Weight, is_node, walk
+from pelt_jax._node import Branch, Bypass, Chain, Node, Weight, is_node
 from pelt_jax._site import Site
 from pelt_jax._transform import Transform, add_bypass, check_dropout, site_key
 from pelt_jax._tree import fold
+from pelt_jax._walk import walk
 from pelt_jax.methods._lora import _dropout
 from pelt_jax.nodes import Fusion, Guard
 

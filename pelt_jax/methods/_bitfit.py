@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from pelt_jax._node import update_at
 from pelt_jax._site import Site, Targets
 from pelt_jax._transform import Transform, over, require
+from pelt_jax._walk import update_at
 from pelt_jax.methods._train import _is_free, _tuned, claimed
 
 

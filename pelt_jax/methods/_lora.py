@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._node import Weight, strip, update_at
+from pelt_jax._node import Weight, strip
 from pelt_jax._site import Site, Target, Targets, find, matches
 from pelt_jax._transform import (
   Transform,
@@ -20,6 +20,7 @@ from pelt_jax._transform import (
   require,
   site_key,
 )
+from pelt_jax._walk import update_at
 from pelt_jax.nodes import Dropout, FusedLora, LoraWeight, Tuned
 from pelt_jax.nodes._lora import lora_axes, matrix_sizes
 

@@ -4,9 +4,10 @@ from typing import Any, Literal
 
 import jax
 
-from pelt_jax._node import GENERATORS, update_at
+from pelt_jax._node import GENERATORS
 from pelt_jax._site import Site, Targets
 from pelt_jax._transform import Transform, chain, check_whole, like_box
+from pelt_jax._walk import update_at
 from pelt_jax.methods._lora import _numbers
 from pelt_jax.methods._prompt_tuning import Init, Tokens, place_prompt, start_of, token_table
 from pelt_jax.methods._train import train

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import GENERATORS, Bypass, Chain, update_at, walk
+from pelt_jax._node import GENERATORS, Bypass, Chain
 from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, add_bypass, check_dropout, check_whole, site_key
 from pelt_jax._tree import fold
+from pelt_jax._walk import update_at, walk
 from pelt_jax.nodes import Dropout, Prefix, PrefixMLP, Shift
 
 Arrays = Mapping[str, tuple[Any, Any]]

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._node import GENERATORS, Weight, every_node, strip, table_rows, update_at
+from pelt_jax._node import GENERATORS, Weight, strip, table_rows
 from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, check_whole, like_box, over, require, site_key
 from pelt_jax._tree import fold
+from pelt_jax._walk import every_node, update_at
 from pelt_jax.methods._lora import _numbers
 from pelt_jax.nodes import BankWeight, ExtendedEmbedding
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-from pelt_jax._node import Node, Weight, strip, update_at
+from pelt_jax._node import Node, Weight, strip
 from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, over, require
+from pelt_jax._walk import update_at
 from pelt_jax.nodes import Tuned
 
 

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Chain, Weight, update_at, walk
+from pelt_jax._node import Chain, Weight
 from pelt_jax._site import Site
 from pelt_jax._transform import Transform, over, site_key
+from pelt_jax._walk import update_at, walk
 from pelt_jax.methods._adapter import adapter
 from pelt_jax.methods._lora import lora
 from pelt_jax.methods._prefix_tuning import prefix_tuning

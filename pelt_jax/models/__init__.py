@@ -25,11 +25,13 @@ from pelt_jax.models._gpt2 import GPT2LMHeadModel as GPT2LMHeadModel
 from pelt_jax.models._gpt2 import GPT2Model as GPT2Model
 from pelt_jax.models._layers import to_looped as to_looped
 from pelt_jax.models._layers import to_scanned as to_scanned
-from pelt_jax.models._llama import LlamaForCausalLM as LlamaForCausalLM
-from pelt_jax.models._llama import LlamaForSequenceClassification as LlamaForSequenceClassification
-from pelt_jax.models._llama import LlamaForTokenClassification as LlamaForTokenClassification
 from pelt_jax.models._llama import LlamaModel as LlamaModel
 from pelt_jax.models._llama import RMSNorm as RMSNorm
+from pelt_jax.models._llama_tasks import LlamaForCausalLM as LlamaForCausalLM
+from pelt_jax.models._llama_tasks import (
+  LlamaForSequenceClassification as LlamaForSequenceClassification,
+)
+from pelt_jax.models._llama_tasks import LlamaForTokenClassification as LlamaForTokenClassification
 from pelt_jax.models._load import from_pretrained as from_pretrained
 from pelt_jax.models._loss import token_losses as token_losses
 from pelt_jax.models._names import torch_name as torch_name

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from pelt_jax._node import walk
+from pelt_jax._walk import walk
 from pelt_jax.models import _bert
 from pelt_jax.models._config import Config, read_config
 from pelt_jax.models._config_seq2seq import T5Config

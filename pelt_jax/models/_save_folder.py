@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from pelt_jax._node import walk
+from pelt_jax._walk import walk
 from pelt_jax.models._load import SIDE_FILES, abstract_params, looped_paths, optional
 from pelt_jax.models._names import torch_name, transposed
 from pelt_jax.models._safetensors import write, write_atomically

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax.extend import core
 
-from pelt_jax._node import walk
+from pelt_jax._walk import walk
 
 
 class Values:
@@ -81,7 +81,7 @@ def transformed(
   Returns:
     `Values`, which compute one path at a time.
   """
-  from pelt_jax._linen import sites  # the models themselves know nothing of the backend
+  from pelt_jax._linen_sites import sites  # the models themselves know nothing of the backend
 
   found = sites(model, jax.ShapeDtypeStruct((1, 2), jnp.int32))
   names = [

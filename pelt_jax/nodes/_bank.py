@@ -10,22 +10,9 @@ import numpy as np
 from jax.core import Tracer
 
 from pelt_jax import _call
-from pelt_jax._node import (
-  Branch,
-  Bypass,
-  Chain,
-  Node,
-  Weight,
-  base,
-  every_node,
-  innermost,
-  is_node,
-  own,
-  strip,
-  update_at,
-  walk,
-)
+from pelt_jax._node import Branch, Bypass, Chain, Node, Weight, base, innermost, is_node, own, strip
 from pelt_jax._tree import fold
+from pelt_jax._walk import every_node, update_at, walk
 from pelt_jax.nodes._prompt import ExtendedEmbedding
 from pelt_jax.nodes._tuned import Guard
 

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import BYPASS, Chain, Generator, get_at, own, static, update_at
+from pelt_jax._node import BYPASS, Chain, Generator, own, static
+from pelt_jax._walk import get_at, update_at
 from pelt_jax.nodes._placements import Prefix
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Generator, Node, Weight, get_at, own, static, update_at
+from pelt_jax._node import Generator, Node, Weight, own, static
+from pelt_jax._walk import get_at, update_at
 from pelt_jax.nodes._prompt import ExtendedEmbedding
 
 

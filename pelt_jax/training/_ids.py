@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.core import Tracer
 
-from pelt_jax._node import every_node, walk
+from pelt_jax._walk import every_node, walk
 from pelt_jax.methods._prompt_tuning import virtual_tokens
 from pelt_jax.nodes import Shift
 

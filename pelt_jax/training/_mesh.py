@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from pelt_jax._node import update_at
 from pelt_jax._site import Site
+from pelt_jax._walk import update_at
 
 P = jax.sharding.PartitionSpec
 

@@ -10,7 +10,10 @@ from pelt_jax._node import Node, own
 
 PACKAGE = pathlib.Path(pelt_jax.__file__).parent
 FREE = [
-  *(PACKAGE / f"{n}.py" for n in ("_node", "_call", "_site", "_tree", "_transform", "_save")),
+  *(
+    PACKAGE / f"{n}.py"
+    for n in ("_node", "_walk", "_call", "_site", "_tree", "_transform", "_save")
+  ),
   *sorted((PACKAGE / "nodes").glob("*.py")),
   *sorted((PACKAGE / "methods").glob("*.py")),
 ]

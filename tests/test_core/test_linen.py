@@ -10,8 +10,8 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import nodes
-from pelt_jax._node import update_at
 from pelt_jax._transform import add_bypass
+from pelt_jax._walk import update_at
 from tests.test_core import tiny
 from tests.test_core.tiny import values
 

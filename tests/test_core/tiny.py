@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._node import Node, update_at
+from pelt_jax._node import Node
+from pelt_jax._walk import update_at
 
 LAYERS, BATCH, TIME, WIDTH, HEADS, HIDDEN = 3, 4, 5, 6, 2, 8
 MODES = ("loop", "remat", "scan", "scan_remat")

@@ -10,7 +10,8 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import models, nodes
-from pelt_jax._node import Chain, update_at, walk
+from pelt_jax._node import Chain
+from pelt_jax._walk import update_at, walk
 from tests import support
 from tests.test_models.helpers import CONFIGS, SEQ2SEQ, close, tokens
 from tests.test_models.lifting import Lifted

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import pelt_jax as pelt
-from pelt_jax._node import get_at, update_at, walk
+from pelt_jax._walk import get_at, update_at, walk
 from pelt_jax.nodes import Prefix
 from tests.test_interop.test_export import (
   adapted,

@@ -10,8 +10,9 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import models, nodes
-from pelt_jax._node import Bypass, Chain, get_at, walk
+from pelt_jax._node import Bypass, Chain
 from pelt_jax._transform import add_bypass
+from pelt_jax._walk import get_at, walk
 from tests.test_models.helpers import VOCAB, build, built, close, random_params, tokens
 
 LONG = pytest.mark.parity

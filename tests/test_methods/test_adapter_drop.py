@@ -7,7 +7,7 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import models, nodes
-from pelt_jax._node import update_at, walk
+from pelt_jax._walk import update_at, walk
 from tests.test_methods.test_adapter import moved
 from tests.test_models.helpers import built, close, tokens
 

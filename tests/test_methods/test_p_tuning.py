@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import pelt_jax as pelt
-from pelt_jax._node import get_at, update_at
+from pelt_jax._walk import get_at, update_at
 from tests.test_models.helpers import VOCAB, built, close, tokens
 
 LONG = pytest.mark.parity

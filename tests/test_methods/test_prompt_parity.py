@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pelt_jax as pelt
-from pelt_jax._node import update_at, walk
+from pelt_jax._walk import update_at, walk
 from tests import support
 from tests.test_models import helpers
 

@@ -7,7 +7,7 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import models, training
-from pelt_jax._node import get_at
+from pelt_jax._walk import get_at
 from tests.test_models.helpers import CONFIGS, VOCAB, built, close, tokens
 
 LONG = pytest.mark.parity
