@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pelt_jax.models import _bart, _bert, _bert_lm, _bert_tasks, _gpt2, _llama, _t5
+from pelt_jax.models import _bart, _bert, _bert_lm, _bert_tasks, _gpt2, _llama, _llama_tasks, _t5
 from pelt_jax.models._config import Config, read_config
 
 TASKS = ("lm", "mlm", "cloze", "classification", "tagging", "encoder", "seq2seq")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LLAMA = {
-  "lm": _llama.LlamaForCausalLM,
-  "cloze": _llama.LlamaForCausalLM,
-  "classification": _llama.LlamaForSequenceClassification,
-  "tagging": _llama.LlamaForTokenClassification,
+  "lm": _llama_tasks.LlamaForCausalLM,
+  "cloze": _llama_tasks.LlamaForCausalLM,
+  "classification": _llama_tasks.LlamaForSequenceClassification,
+  "tagging": _llama_tasks.LlamaForTokenClassification,
   "encoder": _llama.LlamaModel,
 }
 _BERT = {
