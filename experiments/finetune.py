@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
   masked = isinstance(model, models.BertForMaskedLM | models.RobertaForMaskedLM)
   if masked and tokenizer.mask is None:
     raise ValueError(f"--verbalizer: the tokenizer of {args.model} names no mask_token")
-  mask = tokenizer.mask if masked else None
+  mask = tokenizer.mask if masked else False
   words = training.verbalizer(args.verbalizer, labels, tokenizer, template) if asks else None
 
   # Method: nodes inside the params.

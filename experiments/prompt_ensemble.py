@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from finetune import CLIP, DECAY, WARMUP
-from options import VIRTUAL
+from recipes import PROMPTS
+from recipes import VIRTUAL as LENGTH
 from reporting import write
 from trec import RATES, RECIPE
-from trec import VIRTUAL as LENGTH
 
 import pelt_jax as pelt
 from pelt_jax import models, training
 
-METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2")
+METHODS = [name for name in PROMPTS if len(set(RATES[name])) == 1]  # one rate, the head's too
 
 
 def start(source: str, name: str, seed: int, labels: int) -> tuple:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> dict:
   members = [params for *_, params in starts]
   virtual = pelt.virtual_tokens(members[0])
   tokenizer = training.load_tokenizer(args.model)
-  room = RECIPE["length"] + LENGTH * (args.method in VIRTUAL)
+  room = RECIPE["length"] + PROMPTS[args.method].room
   rows = {
     which: training.encode(
       examples, tokenizer, "classification", labels=labels, length=room, virtual=virtual
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict:
   loader = training.Loader(rows["train"], RECIPE["batch"], seed=0)
   steps = RECIPE["epochs"] * loader.steps_per_epoch
   warmup = max(1, round(WARMUP * steps))
-  peak = RATES[args.method]
+  peak = RATES[args.method][0]
   up = optax.linear_schedule(0.0, peak, warmup)
   down = optax.linear_schedule(peak, 0.0, steps - warmup)
   tx = optax.adamw(optax.join_schedules([up, down], [warmup]), weight_decay=DECAY)
@@ -94,7 +94,7 @@ def table(results: dict) -> str:
     each = ", ".join(f"{s:.3f}" for s in scores["members"])
     lines.append(f"| {len(scores['members'])} {name} | {figures} | {each} | {found['stored']:,} |")
   recipe = ", ".join(f"{k} {v}" for k, v in RECIPE.items())
-  rates = ", ".join(f"{name} {RATES[name]}" for name in results)
+  rates = ", ".join(f"{name} {RATES[name][0]:g}" for name in results)
   lines.append(
     f"\nRecipe: {recipe}, {LENGTH} virtual tokens, peak rates {rates}; weight decay {DECAY}, clip "
     f"{CLIP}, warm-up {WARMUP:.0%}, linear decay. Members differ by their start, head included, "

@@ -1,12 +1,12 @@
-"""MiniLM on TREC, several seeds: the main job beside torch PEFT with the same recipe.
+"""MiniLM on TREC, several seeds: the main job beside a torch library with the same recipe.
 
   python experiments/trec.py --model MINILM_FOLDER --data TREC_FOLDER --out runs/trec
-  python experiments/trec.py ... --torch            # the same recipe in torch PEFT
+  python experiments/trec.py ... --torch            # the same recipe in torch PEFT or AdapterHub
   python experiments/trec.py ... --methods prefix_tuning p_tuning_v2 --seeds 3
 
 Three epochs, batch 32, length 32 besides virtual tokens, the rate falls linearly after a warm-up;
 the head trains too. Writes results.json and results.md; each call adds its rows, and a seed that is
-done already is not run again.
+done already is not run again. Prefixes in torch PEFT, and AdapterHub, need transformers 4.57.
 """
 
 import argparse
@@ -16,73 +16,85 @@ import statistics
 import time
 
 import finetune
+import recipes
+from recipes import RECIPES, VIRTUAL
+from reporting import write
 
-VIRTUAL_METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2")
 RECIPE = {"epochs": 3, "batch": 32, "length": 32}
-RATES = {
-  "lora": 1e-3,
-  "full": 1e-4,
-  "bitfit": 2e-3,
-  "prompt_tuning": 3e-2,
-  "p_tuning": 1e-3,
-  "prefix_tuning": 2e-4,
-  "p_tuning_v2": 7e-3,
-}
-HEAD_RATES = {"prefix_tuning": 5e-3}  # beside an MLP, which wants small steps
-VIRTUAL = 10  # tokens of a prompt, rows of a prefix
+RATES = {name: recipes.rates(name, "classification") for name in RECIPES}
+RATES |= {"lora": (1e-3, 1e-3), "full": (1e-4, 1e-4)}
 
 
-def ours(args: argparse.Namespace, out: pathlib.Path) -> dict[str, list[float]]:
-  """Accuracies of the main job, by method."""
-  found: dict[str, list[float]] = {}
-  for method in args.methods:
-    room = VIRTUAL if method in ("prompt_tuning", "p_tuning") else 0
-    options = [f"--length={RECIPE['length'] + room}"]
-    options += ["--set", f"length={VIRTUAL}"] if method in VIRTUAL_METHODS else []
-    options += ["--head-lr", str(HEAD_RATES[method])] if method in HEAD_RATES else []
-    for seed in range(args.seeds):
-      folder = out / f"{method}-{seed}"
-      if not (folder / "report.json").is_file():
-        finetune.main(
-          [
-            *("--model", args.model, "--task", "classification", "--method", method),
-            *("--train", f"{args.data}/TREC.train.all", "--eval", f"{args.data}/TREC.test.all"),
-            *("--epochs", str(RECIPE["epochs"]), "--batch", str(RECIPE["batch"]), *options),
-            *("--lr", str(RATES[method]), "--seed", str(seed), "--out", str(folder), "--overwrite"),
-          ]
-        )
-      report = json.loads((folder / "report.json").read_text())
-      found.setdefault(method, []).append(report["metric"]["after"])
+def ours(args: argparse.Namespace, out: pathlib.Path, name: str) -> list[float]:
+  """Accuracies of the main job."""
+  recipe, (rate, head_rate) = RECIPES[name], RATES[name]
+  found = []
+  for seed in range(args.seeds):
+    folder = out / f"{name}-{seed}"
+    if not (folder / "report.json").is_file():
+      job = ["--model", args.model, "--task", "classification", *recipe.arguments()]
+      job += ["--train", f"{args.data}/TREC.train.all", "--eval", f"{args.data}/TREC.test.all"]
+      job += ["--epochs", str(RECIPE["epochs"]), "--batch", str(RECIPE["batch"])]
+      job += ["--length", str(RECIPE["length"] + recipe.room), "--lr", str(rate)]
+      job += ["--head-lr", str(head_rate)] if head_rate != rate else []
+      finetune.main([*job, "--seed", str(seed), "--out", str(folder), "--overwrite"])
+    report = json.loads((folder / "report.json").read_text())
+    found.append(report["metric"]["after"])
   return found
 
 
-def peft_config(method: str):
-  """What the method is called in torch PEFT."""
+def peft_model(model, name: str):
+  """The model with torch PEFT's form of a method."""
   import peft
 
-  options = {"task_type": "SEQ_CLS", "num_virtual_tokens": VIRTUAL}
-  if method == "lora":
-    return peft.LoraConfig(
+  virtual = {"task_type": "SEQ_CLS", "num_virtual_tokens": VIRTUAL}
+  configs = {
+    "lora": lambda: peft.LoraConfig(
       task_type="SEQ_CLS", r=8, lora_alpha=8, target_modules=["query", "value"]
-    )
-  if method == "prompt_tuning":
-    return peft.PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **options)
-  if method == "p_tuning":
-    return peft.PromptEncoderConfig(
-      encoder_reparameterization_type="LSTM", encoder_hidden_size=192, **options
-    )
-  if method == "prefix_tuning":
-    return peft.PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=512, **options)
-  if method == "p_tuning_v2":
-    return peft.PrefixTuningConfig(**options)
-  raise SystemExit(f"torch PEFT has no {method}; pass --methods")
+    ),
+    "prompt_tuning": lambda: peft.PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **virtual),
+    "p_tuning": lambda: peft.PromptEncoderConfig(
+      encoder_reparameterization_type="LSTM", encoder_hidden_size=192, **virtual
+    ),
+    "prefix_tuning": lambda: peft.PrefixTuningConfig(
+      prefix_projection=True, encoder_hidden_size=512, **virtual
+    ),
+    "p_tuning_v2": lambda: peft.PrefixTuningConfig(**virtual),
+  }
+  if name not in configs:
+    raise SystemExit(f"torch PEFT has no {name}; pass --methods")
+  return peft.get_peft_model(model, configs[name]())
+
+
+def hub_model(model, name: str):
+  """The model with AdapterHub's form of a method."""
+  import adapters
+
+  prefix = {"prefix_length": VIRTUAL, "bottleneck_size": 512}
+  configs = {
+    "houlsby": lambda: adapters.DoubleSeqBnConfig(reduction_factor=16),
+    "pfeiffer": lambda: adapters.SeqBnConfig(reduction_factor=16),
+    "parallel": lambda: adapters.ParBnConfig(reduction_factor=2),
+    "mam": lambda: adapters.ConfigUnion(
+      adapters.PrefixTuningConfig(**prefix), adapters.ParBnConfig(reduction_factor=2)
+    ),
+    "unipelt": lambda: adapters.ConfigUnion(
+      adapters.PrefixTuningConfig(**prefix, use_gating=True),
+      adapters.SeqBnConfig(reduction_factor=16, use_gating=True),
+      adapters.LoRAConfig(r=8, use_gating=True),
+    ),
+  }
+  adapters.init(model)
+  model.add_adapter(name, config=configs[name]())
+  model.set_active_adapters(name)
+  model.train_adapter(name)
+  return model
 
 
 def theirs(args: argparse.Namespace, out: pathlib.Path, method: str) -> list[float]:
-  """Accuracies of torch PEFT."""
+  """Accuracies of torch PEFT or AdapterHub."""
   import numpy as np
   import torch
-  from peft import get_peft_model
   from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
   from pelt_jax import training
@@ -107,19 +119,19 @@ def theirs(args: argparse.Namespace, out: pathlib.Path, method: str) -> list[flo
   test = tensors(data["test"].examples)
   scores = []
   for seed in range(args.seeds):
-    done = out / f"peft-{method}-{seed}.json"
+    done = out / f"torch-{method}-{seed}.json"
     if done.is_file():
       scores.append(json.loads(done.read_text()))
       continue
     began = time.perf_counter()
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels))
-    model = get_peft_model(model, peft_config(method))
+    model = (hub_model if method in recipes.ADAPTERS else peft_model)(model, method)
     trained = [p for p in model.parameters() if p.requires_grad]
     heads = {id(p) for name, p in model.named_parameters() if "classifier" in name}
     groups = [
       {"params": [p for p in trained if (id(p) in heads) == head], "lr": rate}
-      for head, rate in ((False, RATES[method]), (True, HEAD_RATES.get(method, RATES[method])))
+      for head, rate in zip((False, True), RATES[method], strict=True)
     ]
     tx = torch.optim.AdamW(groups, weight_decay=0.01)
     per_epoch = len(gold) // RECIPE["batch"]
@@ -143,9 +155,9 @@ def theirs(args: argparse.Namespace, out: pathlib.Path, method: str) -> list[flo
     with torch.no_grad():
       logits = model(input_ids=test[0], attention_mask=test[1]).logits
     scores.append(float((logits.argmax(-1) == test[2]).float().mean()))
-    finetune.write(done, json.dumps(scores[-1]))
+    write(done, json.dumps(scores[-1]))
     taken = time.perf_counter() - began
-    print(f"torch PEFT {method}, seed {seed}: {scores[-1]:.4f} in {taken:.0f} s", flush=True)
+    print(f"torch {method}, seed {seed}: {scores[-1]:.4f} in {taken:.0f} s", flush=True)
   return scores
 
 
@@ -156,19 +168,21 @@ def main() -> None:
   parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
   parser.add_argument("--data", required=True, help="folder of TREC")
   parser.add_argument("--seeds", type=int, default=5)
-  parser.add_argument("--methods", nargs="+", default=["lora", "full", "bitfit"], choices=RATES)
-  parser.add_argument("--torch", action="store_true", help="run torch PEFT")
+  parser.add_argument("--methods", nargs="+", default=["lora", "full", "bitfit"], choices=RECIPES)
+  parser.add_argument("--torch", action="store_true", help="run the torch library")
   parser.add_argument("--out", default="runs/trec")
   args = parser.parse_args()
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
   file = out / "results.json"
   results = json.loads(file.read_text()) if file.is_file() else {}
-  if args.torch:
-    results |= {f"torch PEFT {m}": theirs(args, out, m) for m in args.methods}
-  else:
-    results |= ours(args, out)
-  finetune.write(file, json.dumps(results, indent=2) + "\n")
+  for name in args.methods:
+    if args.torch:
+      library = "AdapterHub" if name in recipes.ADAPTERS else "torch PEFT"
+      results[f"{library} {name}"] = theirs(args, out, name)
+    else:
+      results[name] = ours(args, out, name)
+  write(file, json.dumps(results, indent=2) + "\n")
   lines = ["# MiniLM on TREC: accuracy on the test set\n", "| run | mean | deviation | seeds |"]
   lines.append("|---|---|---|---|")
   for name, scores in results.items():
@@ -176,10 +190,11 @@ def main() -> None:
     each = ", ".join(f"{s:.3f}" for s in scores)
     lines.append(f"| {name} | {statistics.mean(scores):.4f} | {spread:.4f} | {each} |")
   rates = {m: r for m, r in RATES.items() if any(m in name.split() for name in results)}
-  recipe = ", ".join(f"{k} {v}" for k, v in RECIPE.items()) + f", peak rates {rates}"
-  recipe += f", of heads {HEAD_RATES} where they are others, {VIRTUAL} virtual tokens"
+  rates = "; ".join(f"{m} {a:g}" + f", head {b:g}" * (a != b) for m, (a, b) in rates.items())
+  recipe = ", ".join(f"{k} {v}" for k, v in RECIPE.items()) + f", {VIRTUAL} virtual tokens"
+  recipe += f", peak rates: {rates}"
   lines.append(f"\nRecipe: {recipe}; weight decay 0.01, clip 1.0, warm-up 6 %, linear decay.")
-  finetune.write(out / "results.md", "\n".join(lines) + "\n")
+  write(out / "results.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

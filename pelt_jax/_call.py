@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -224,14 +224,7 @@ class Call:
     Raises:
       ValueError: if no enclosing call has the stream.
     """
-    for frame in self.frame.climb():
-      key = frame.key(stream)
-      if key is not None:
-        break
-    else:
-      raise ValueError(
-        f"the node at {self.path!r} needs random numbers: pass rngs={{{stream!r}: key}} to apply"
-      )
+    key = self._first_key(self.frame.climb(), stream)
     for number in (zlib.crc32(self.path.encode()) & 0x7FFFFFFF, self.frame.count, *self.salts):
       key = jax.random.fold_in(key, number)
     return key
@@ -242,12 +235,15 @@ class Call:
     Raises:
       ValueError: if no enclosing call has the stream.
     """
-    keys = [key for frame in self.frame.climb() if (key := frame.key(stream)) is not None]
-    if not keys:
-      raise ValueError(
-        f"the node at {self.path!r} needs random numbers: pass rngs={{{stream!r}: key}} to apply"
-      )
-    return keys[-1]
+    return self._first_key(reversed(tuple(self.frame.climb())), stream)
+
+  def _first_key(self, frames: Iterable[Frame], stream: str) -> jax.Array:
+    for frame in frames:
+      if (key := frame.key(stream)) is not None:
+        return key
+    raise ValueError(
+      f"the node at {self.path!r} needs random numbers: pass rngs={{{stream!r}: key}} to apply"
+    )
 
   @contextlib.contextmanager
   def arm(self, plain: bool = False) -> Iterator[None]:

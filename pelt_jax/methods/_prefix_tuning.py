@@ -260,7 +260,7 @@ def prefix_of(params: dict) -> dict[str, tuple[jax.Array, jax.Array]]:
       if isinstance(node, Prefix) and node.banked:
         raise ValueError(f"{path!r} holds a bank of prefixes; give the params of one member")
       if isinstance(node, Prefix):
-        site = path.removesuffix("bypass").removesuffix("/")
+        site = path.rpartition("/")[0]
         if site in found:
           raise ValueError(f"{path!r} holds several prefixes; init takes one")
         found[site] = (node.array("keys"), node.array("values"))

@@ -69,13 +69,11 @@ class LoraWeight(Weight):
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
     y = product(eq, x, self.base, _below(call), precision)
     plan = _plan(eq, self.axes)
-    if plan is None and not isinstance(
-      self.scaling, Branch
-    ):  # both factors hold a contracted axis: only the whole delta can be applied
+    if plan is None:  # both factors hold a contracted axis: only the whole delta can be applied
+      if isinstance(self.scaling, Branch):
+        raise ValueError(f"a gated LoRA runs a product whose factors part, not {eq!r}")
       _refuse_dropout(self.dropout)
       return y + product(eq, x, jnp.asarray(self._delta(), x.dtype), call, precision)
-    if plan is None:
-      raise ValueError(f"a gated LoRA runs a product whose factors part, not {eq!r}")
     down, up, swapped = plan
     first, second = (self.array("b"), self.array("a"))[:: 1 if swapped else -1]
     h = x if self.dropout is None else self.dropout(call, x)

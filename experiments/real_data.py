@@ -1,11 +1,11 @@
-"""Prompts and prefixes on real data, once each, by the main job.
+"""Each method on real data, once, by the main job.
 
-  python experiments/prompts.py --data DATA_FOLDER --minilm MINILM_FOLDER --out runs/prompts
-  python experiments/prompts.py ... --smollm2 SMOLLM2_FOLDER --runs sst2-cloze
+  python experiments/real_data.py --data DATA_FOLDER --minilm MINILM_FOLDER --out runs/real_data
+  python experiments/real_data.py ... --smollm2 SMOLLM2_FOLDER --runs sst2-cloze
 
-SST-2 by MiniLM under all four methods with a head, WNUT-17 under P-Tuning v2 (entity F1), SST-2 by
+SST-2 by MiniLM under every method with a head, WNUT-17 under P-Tuning v2 (entity F1), SST-2 by
 SmolLM2 as a cloze: a template with virtual tokens, no head. Scores are those of the test files,
-which choose nothing. Writes prompts.json and prompts.md; a run that is done already is not run
+which choose nothing. Writes results.json and results.md; a run that is done already is not run
 again.
 """
 
@@ -14,12 +14,9 @@ import json
 import pathlib
 
 import finetune
-from options import VIRTUAL
+from recipes import ADAPTERS, PROMPTS
 from reporting import write
 
-LENGTH = 10  # of a prompt or prefix
-RATES = {"prompt_tuning": 3e-2, "p_tuning": 1e-3, "prefix_tuning": 2e-4, "p_tuning_v2": 7e-3}
-HEAD_RATES = {"prefix_tuning": 5e-3}  # beside an MLP, which wants small steps
 CLOZE = {
   "template": "{p:4} {text} {p:4} It was [MASK]",
   "verbalizer": "0=terrible,1=great",
@@ -31,26 +28,29 @@ def jobs(args: argparse.Namespace) -> dict[str, list[str]]:
   data = pathlib.Path(args.data)
   sst2 = ["--train", f"{data}/sst2/train.tsv", "--eval", f"{data}/sst2/test.tsv"]
   sst2 += ["--task", "classification", "--columns", "text,label"]
-  recipe = ["--model", str(args.minilm), "--epochs", "3", "--batch", "32"]
+  minilm = ["--model", str(args.minilm), "--epochs", "3", "--batch", "32"]
   made = {}
-  for method, rate in RATES.items():
-    room = 64 + LENGTH * (method in VIRTUAL)
-    more = ["--method", method, "--set", f"length={LENGTH}", "--lr", str(rate)]
-    if method in HEAD_RATES:
-      more += ["--head-lr", str(HEAD_RATES[method])]
-    made[f"sst2-{method}"] = [*recipe, *sst2, *more, "--length", str(room)]
+  for name, recipe in (PROMPTS | ADAPTERS).items():
+    more = [*recipe.arguments(), "--length", str(64 + recipe.room)]
+    made[f"sst2-{name}"] = [*minilm, *sst2, *more]
   wnut = data / "wnut17"
   made["wnut17-p_tuning_v2"] = [
-    *(*recipe, "--task", "tagging", "--method", "p_tuning_v2", "--set", "length=50"),
+    *(*minilm, "--task", "tagging", "--method", "p_tuning_v2", "--set", "length=50"),
     *("--train", f"{wnut}/wnut17train.conll", "--eval", f"{wnut}/emerging.test.annotated"),
-    *("--length", "96", "--lr", "1e-2"),
+    *("--length", "96"),
   ]
   made["sst2-cloze"] = [
     *("--model", str(args.smollm2), *sst2, "--method", "p_tuning", "--steps", "120"),
     *("--template", CLOZE["template"], "--verbalizer", CLOZE["verbalizer"], "--batch", "16"),
-    *("--length", "80", "--lr", "1e-3"),
+    *("--length", "80"),
   ]
   return made
+
+
+def as_names(settings: dict) -> dict:
+  """Settings with files and folders by their names alone."""
+  shorter = {k: pathlib.Path(settings[k]).name for k in ("model", "train", "eval")}
+  return settings | shorter
 
 
 def main() -> None:
@@ -61,11 +61,11 @@ def main() -> None:
   parser.add_argument("--minilm", help="folder of all-MiniLM-L6-v2")
   parser.add_argument("--smollm2", help="folder of SmolLM2-135M-Instruct")
   parser.add_argument("--runs", nargs="+", help="which; all by default")
-  parser.add_argument("--out", default="runs/prompts")
+  parser.add_argument("--out", default="runs/real_data")
   args = parser.parse_args()
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
-  file = out / "prompts.json"
+  file = out / "results.json"
   results = json.loads(file.read_text()) if file.is_file() else {}
   made = jobs(args)
   for name in args.runs or made:
@@ -73,10 +73,11 @@ def main() -> None:
     if not (folder / "report.json").is_file():
       finetune.main([*made[name], "--out", str(folder), "--overwrite"])
     report = json.loads((folder / "report.json").read_text())
-    keys = ("metric", "parameters", "steps", "time", "settings", "versions")
+    keys = ("metric", "parameters", "steps", "time", "versions")
     results[name] = {key: report[key] for key in keys}
+    results[name]["settings"] = as_names(report["settings"])
     write(file, json.dumps(results, indent=1) + "\n")
-  lines = ["# Prompts and prefixes on test files\n"]
+  lines = ["# Methods on test files\n"]
   lines += [
     "| run | score | before | after | stored | steps | rate |",
     "|---|---|---|---|---|---|---|",
@@ -87,7 +88,7 @@ def main() -> None:
     stored = f"{done['parameters']['stored']:,}"
     lines.append(f"| {name} | {scores} | {stored} | {done['steps']} | {settings['lr']} |")
   lines.append(f"\nThe cloze: `{CLOZE['template']}`, {CLOZE['verbalizer']}.")
-  write(out / "prompts.md", "\n".join(lines) + "\n")
+  write(out / "results.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

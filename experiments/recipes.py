@@ -1,0 +1,46 @@
+"""The methods that the real runs compare: what each is called here, its options and its rates."""
+
+import dataclasses
+
+import options
+
+VIRTUAL = 10  # tokens of a prompt, rows of a prefix
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """A method of the main job with its options."""
+
+  method: str
+  options: tuple[str, ...] = ()
+
+  @property
+  def room(self) -> int:
+    """Positions that virtual tokens take on top of the text's."""
+    return VIRTUAL * (self.method in options.VIRTUAL)
+
+  def arguments(self) -> list[str]:
+    """For the main job."""
+    return ["--method", self.method, *(part for o in self.options for part in ("--set", o))]
+
+
+LENGTH = f"length={VIRTUAL}"
+PROMPTS = {
+  name: Recipe(name, (LENGTH,))
+  for name in ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2")
+}
+ADAPTERS = {
+  "houlsby": Recipe("adapter", ("style=houlsby", "reduction=16")),
+  "pfeiffer": Recipe("adapter", ("style=pfeiffer", "reduction=16")),
+  "parallel": Recipe("adapter", ("style=scaled_parallel", "reduction=2")),
+  "mam": Recipe("mam", (LENGTH, "bottleneck=192", "hidden=512")),
+  "unipelt": Recipe("unipelt", (LENGTH, "rank=8", "reduction=16", "hidden=512")),
+}
+RECIPES = {name: Recipe(name) for name in ("lora", "full", "bitfit")} | PROMPTS | ADAPTERS
+
+
+def rates(name: str, task: str) -> tuple[float, float]:
+  """Peak learning rates of a method and of its head, those of the main job."""
+  method = RECIPES[name].method
+  rate = options.RATES[method][task]
+  return rate, options.HEAD_RATES.get(method, {}).get(task, rate)
