@@ -18,7 +18,7 @@ RATES = {
   "bitfit": {"classification": 2e-3, "tagging": 2e-3, "lm": 1e-3, "seq2seq": 1e-3},
   "lora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "prompt_tuning": {"classification": 3e-2, "tagging": 3e-2, "lm": 1e-2, "seq2seq": 3e-2},
-  "p_tuning": {"classification": 1e-3, "tagging": 1e-3, "lm": 1e-3, "seq2seq": 1e-3},
+  "p_tuning": {"classification": 1e-2, "tagging": 1e-2, "lm": 1e-3, "seq2seq": 1e-3},
   "prefix_tuning": {"classification": 2e-4, "tagging": 2e-4, "lm": 2e-4, "seq2seq": 2e-4},
   "p_tuning_v2": {"classification": 7e-3, "tagging": 1e-2, "lm": 5e-3, "seq2seq": 5e-3},
   "adapter": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
@@ -26,8 +26,12 @@ RATES = {
   "mam": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "unipelt": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
 }
-# An MLP moves all that it makes at once, so it wants small steps, and its head larger ones.
-HEAD_RATES = {"prefix_tuning": {"classification": 5e-3, "tagging": 5e-3}}
+# An MLP moves all that it makes at once, so it wants small steps, and its head larger ones; an LSTM
+# wants larger ones than its head.
+HEAD_RATES = {
+  "prefix_tuning": {"classification": 5e-3, "tagging": 5e-3},
+  "p_tuning": {"classification": 5e-3, "tagging": 5e-3},
+}
 OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4}
 METHODS = (  # those that this version has
   *("full", "bitfit", "lora", "adalora", "dora", "pissa", "olora", "ia3", "vera", "loha", "lokr"),

@@ -1,6 +1,6 @@
 """The same training run here and in torch PEFT: all-MiniLM-L6-v2 on TREC, and a trained head.
 
-    python experiments/parity_minilm_trec.py --steps 50 --out experiments/results
+    python experiments/parity_minilm_trec.py --trec TREC.train.all --out experiments/results
 
 Both sides start from the same tensors, see the same batches, use no dropout, and take AdamW steps
 with the same constants. In float64 the losses differ by rounding alone; float32 is run too, to show
@@ -227,7 +227,7 @@ def compare(
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--trec", type=pathlib.Path, default="../shared/data/trec/TREC.train.all")
+  parser.add_argument("--trec", type=pathlib.Path, required=True, help="TREC's training file")
   parser.add_argument("--steps", type=int, default=50)
   parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
   parser.add_argument("--out", type=pathlib.Path, default="experiments/results")

@@ -1,6 +1,6 @@
 """Prompt ensembling, MiniLM on TREC: N prompts trained by one program, asked in one forward pass.
 
-  python experiments/prompt_ensemble.py --model MINILM_FOLDER --data TREC_FOLDER \\
+  python experiments/prompt_ensemble.py --model MINILM_FOLDER --data DATA_FOLDER \\
     --out experiments/results
 
 The recipe and the starts are trec.py's for seeds 0 to N - 1, each member with a head of its own;
@@ -38,7 +38,7 @@ def start(source: str, name: str, seed: int, labels: int) -> tuple:
 
 
 def run(args: argparse.Namespace) -> dict:
-  files = {which: f"{args.data}/TREC.{which}.all" for which in ("train", "test")}
+  files = {which: f"{args.data}/trec/TREC.{which}.all" for which in ("train", "test")}
   read = {which: training.read(file, "classification") for which, file in files.items()}
   labels = training.label_list(read["train"])
   starts = [start(args.model, args.method, seed, len(labels)) for seed in range(args.members)]
@@ -110,7 +110,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
-  parser.add_argument("--data", required=True, help="folder of TREC")
+  parser.add_argument("--data", required=True, help="folder that holds trec/")
   parser.add_argument("--method", default="prompt_tuning", choices=METHODS)
   parser.add_argument("--members", type=int, default=5)
   parser.add_argument("--out", default="runs/prompt_ensemble")

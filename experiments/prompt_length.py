@@ -10,13 +10,12 @@ run that is done already is not run again, and one folder serves one job.
 
 import argparse
 import json
-import os
 import pathlib
 import statistics
 
 import finetune
 from options import VIRTUAL
-from reporting import write
+from reporting import save_figure, write
 
 
 def search(lengths: list[int], seeds: int, out: pathlib.Path, job: list[str]) -> dict:
@@ -61,9 +60,7 @@ def plot(path: pathlib.Path, found: dict) -> None:
   for n in lengths:
     axes.plot([n] * len(found["scores"][n]), found["scores"][n], "k.", alpha=0.6)
   axes.set(xlabel="length", ylabel=found["metric"])
-  temporary = path.with_name(f".{path.name}.tmp")
-  figure.savefig(temporary, format="png", dpi=120)
-  os.replace(temporary, path)
+  save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> dict:

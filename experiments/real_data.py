@@ -14,7 +14,7 @@ import json
 import pathlib
 
 import finetune
-from recipes import ADAPTERS, PROMPTS
+from recipes import ADAPTERS, LENGTHS, PROMPTS, tasks
 from reporting import write
 
 CLOZE = {
@@ -25,22 +25,16 @@ CLOZE = {
 
 def jobs(args: argparse.Namespace) -> dict[str, list[str]]:
   """The main job's arguments, by run."""
-  data = pathlib.Path(args.data)
-  sst2 = ["--train", f"{data}/sst2/train.tsv", "--eval", f"{data}/sst2/test.tsv"]
-  sst2 += ["--task", "classification", "--columns", "text,label"]
+  files = tasks(pathlib.Path(args.data))
   minilm = ["--model", str(args.minilm), "--epochs", "3", "--batch", "32"]
   made = {}
   for name, recipe in (PROMPTS | ADAPTERS).items():
-    more = [*recipe.arguments(), "--length", str(64 + recipe.room)]
-    made[f"sst2-{name}"] = [*minilm, *sst2, *more]
-  wnut = data / "wnut17"
-  made["wnut17-p_tuning_v2"] = [
-    *(*minilm, "--task", "tagging", "--method", "p_tuning_v2", "--set", "length=50"),
-    *("--train", f"{wnut}/wnut17train.conll", "--eval", f"{wnut}/emerging.test.annotated"),
-    *("--length", "96"),
-  ]
+    room = LENGTHS["sst2"] + recipe.room
+    made[f"sst2-{name}"] = [*minilm, *files["sst2"], *recipe.arguments(), "--length", str(room)]
+  deep = ["--method", "p_tuning_v2", "--set", "length=50", "--length", str(LENGTHS["wnut17"])]
+  made["wnut17-p_tuning_v2"] = [*minilm, *files["wnut17"], *deep]
   made["sst2-cloze"] = [
-    *("--model", str(args.smollm2), *sst2, "--method", "p_tuning", "--steps", "120"),
+    *("--model", str(args.smollm2), *files["sst2"], "--method", "p_tuning", "--steps", "120"),
     *("--template", CLOZE["template"], "--verbalizer", CLOZE["verbalizer"], "--batch", "16"),
     *("--length", "80"),
   ]
@@ -57,7 +51,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--data", required=True, help="folder that holds sst2/ and wnut17/")
+  parser.add_argument("--data", required=True, help="folder that holds sst2/, trec/ and wnut17/")
   parser.add_argument("--minilm", help="folder of all-MiniLM-L6-v2")
   parser.add_argument("--smollm2", help="folder of SmolLM2-135M-Instruct")
   parser.add_argument("--runs", nargs="+", help="which; all by default")

@@ -1,6 +1,7 @@
-"""The methods that the real runs compare: what each is called here, its options and its rates."""
+"""What the real runs share: methods with their options and rates, tasks with their files."""
 
 import dataclasses
+import pathlib
 
 import options
 
@@ -44,3 +45,21 @@ def rates(name: str, task: str) -> tuple[float, float]:
   method = RECIPES[name].method
   rate = options.RATES[method][task]
   return rate, options.HEAD_RATES.get(method, {}).get(task, rate)
+
+
+def tasks(data: pathlib.Path) -> dict[str, list[str]]:
+  """The main job's arguments for data sets of small texts, by name; `data` holds their folders."""
+  files = {
+    "sst2": ("classification", "sst2/train.tsv", "sst2/test.tsv"),
+    "trec": ("classification", "trec/TREC.train.all", "trec/TREC.test.all"),
+    "wnut17": ("tagging", "wnut17/wnut17train.conll", "wnut17/emerging.test.annotated"),
+  }
+  more = {"sst2": ["--columns", "text,label"]}
+  return {
+    name: ["--task", task, "--train", f"{data}/{train}", "--eval", f"{data}/{test}"]
+    + more.get(name, [])
+    for name, (task, train, test) in files.items()
+  }
+
+
+LENGTHS = {"sst2": 64, "trec": 32, "wnut17": 96}  # of texts, in tokens

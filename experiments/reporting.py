@@ -22,6 +22,10 @@ def plot(path: pathlib.Path, report: dict) -> None:
   )
   axes.set(xlabel="step", ylabel="loss", title=f"{report['method']} on {report['task']}")
   axes.legend()
+  save_figure(figure, path)
+
+
+def save_figure(figure, path: pathlib.Path) -> None:
   temporary = path.with_name(f".{path.name}.tmp")
   figure.savefig(temporary, format="png", dpi=120)
   os.replace(temporary, path)

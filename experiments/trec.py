@@ -1,6 +1,6 @@
 """MiniLM on TREC, several seeds: the main job beside a torch library with the same recipe.
 
-  python experiments/trec.py --model MINILM_FOLDER --data TREC_FOLDER --out runs/trec
+  python experiments/trec.py --model MINILM_FOLDER --data DATA_FOLDER --out runs/trec
   python experiments/trec.py ... --torch            # the same recipe in torch PEFT or AdapterHub
   python experiments/trec.py ... --methods prefix_tuning p_tuning_v2 --seeds 3
 
@@ -20,7 +20,7 @@ import recipes
 from recipes import RECIPES, VIRTUAL
 from reporting import write
 
-RECIPE = {"epochs": 3, "batch": 32, "length": 32}
+RECIPE = {"epochs": 3, "batch": 32, "length": recipes.LENGTHS["trec"]}
 RATES = {name: recipes.rates(name, "classification") for name in RECIPES}
 RATES |= {"lora": (1e-3, 1e-3), "full": (1e-4, 1e-4)}
 
@@ -32,8 +32,7 @@ def ours(args: argparse.Namespace, out: pathlib.Path, name: str) -> list[float]:
   for seed in range(args.seeds):
     folder = out / f"{name}-{seed}"
     if not (folder / "report.json").is_file():
-      job = ["--model", args.model, "--task", "classification", *recipe.arguments()]
-      job += ["--train", f"{args.data}/TREC.train.all", "--eval", f"{args.data}/TREC.test.all"]
+      job = ["--model", args.model, *recipes.tasks(args.data)["trec"], *recipe.arguments()]
       job += ["--epochs", str(RECIPE["epochs"]), "--batch", str(RECIPE["batch"])]
       job += ["--length", str(RECIPE["length"] + recipe.room), "--lr", str(rate)]
       job += ["--head-lr", str(head_rate)] if head_rate != rate else []
@@ -100,7 +99,7 @@ def theirs(args: argparse.Namespace, out: pathlib.Path, method: str) -> list[flo
   from pelt_jax import training
 
   data = {
-    n: training.read(f"{args.data}/TREC.{n}.all", "classification") for n in ("train", "test")
+    n: training.read(f"{args.data}/trec/TREC.{n}.all", "classification") for n in ("train", "test")
   }
   labels = training.label_list(data["train"])
   tokenizer = training.load_tokenizer(args.model)
@@ -166,7 +165,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
-  parser.add_argument("--data", required=True, help="folder of TREC")
+  parser.add_argument("--data", type=pathlib.Path, required=True, help="folder that holds trec/")
   parser.add_argument("--seeds", type=int, default=5)
   parser.add_argument("--methods", nargs="+", default=["lora", "full", "bitfit"], choices=RECIPES)
   parser.add_argument("--torch", action="store_true", help="run the torch library")
