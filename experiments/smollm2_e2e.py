@@ -22,11 +22,12 @@ from pelt_jax import models, training
 
 PROMPT = "Write one sentence about this restaurant, with every fact given: "
 SHOWN, NEW_TOKENS = 10, 60
-# Options and peak learning rates.
 METHODS = {
-  "lora": (("rank=16", "alpha=32", "targets=all-linear"), 5e-4),
-  "prefix_tuning": (("length=20",), 1e-3),
-  "prompt_tuning": (("length=20",), 1e-2),
+  "lora": ("lora", "rank=16", "alpha=32", "targets=all-linear"),
+  "prefix_tuning": ("prefix_tuning", "length=20"),
+  "prompt_tuning": ("prompt_tuning", "length=20"),
+  "parallel": ("adapter", "style=scaled_parallel", "bottleneck=64"),
+  "unipelt": ("unipelt", "length=20", "gate_pool=token"),
 }
 
 
@@ -49,22 +50,17 @@ def train(args: argparse.Namespace) -> None:
     rows = chat(data / f"{file}.csv", limit)
     (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   general = ["--general", args.general] if args.general else []
-  settings, rate = METHODS[args.method]
+  method, *settings = METHODS[args.method]
   # Virtual tokens come on top of the text's.
   length = 192 + (20 if args.method == "prompt_tuning" else 0)
   report = finetune.main(
     [
-      *("--model", args.model, "--task", "lm", "--method", args.method),
+      *("--model", args.model, "--task", "lm", "--method", method),
       *(part for setting in settings for part in ("--set", setting)),
       *("--train", str(out / "train.jsonl"), "--eval", str(out / "dev.jsonl"), *general),
       *("--steps", str(args.steps), "--batch", str(args.batch), "--length", str(length)),
-      *(
-        "--lr",
-        str(args.lr or rate),
-        "--out",
-        str(out / "run"),
-        "--resume" if args.resume else "--overwrite",
-      ),
+      *(["--lr", str(args.lr)] if args.lr else []),
+      *("--out", str(out / "run"), "--resume" if args.resume else "--overwrite"),
     ]
   )
   model, base = models.from_pretrained(args.model, task="lm")
@@ -84,7 +80,8 @@ def train(args: argparse.Namespace) -> None:
   write = writer(asked(virtual, args.tables), True)
   answers = write(params)
   report["test"] = {"tables": len(answers), **write.scores(answers)}
-  pelt.interop.peft.export(out / "peft", params, model)
+  if args.method in ("lora", "prompt_tuning", "prefix_tuning"):  # PEFT has no others of these
+    pelt.interop.peft.export(out / "peft", params, model)
   shown = asked((), SHOWN)
   before, after = writer(shown, False)(base), writer(asked(virtual, SHOWN), False).tokens(params)
   texts = [
@@ -162,7 +159,7 @@ if __name__ == "__main__":
   parser.add_argument("--data", required=True, help="folder of the E2E data set")
   parser.add_argument("--general", help="general text: how much of it is forgotten")
   parser.add_argument("--method", default="lora", choices=METHODS)
-  parser.add_argument("--lr", type=float, help="peak learning rate")
+  parser.add_argument("--lr", type=float, help="peak learning rate, if not the main job's")
   parser.add_argument("--tables", type=int, help="how many of the test set's 630 to answer")
   parser.add_argument("--steps", type=int, default=300)
   parser.add_argument("--batch", type=int, default=8)
