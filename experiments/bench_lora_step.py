@@ -18,14 +18,12 @@ Needs torch, transformers and peft; MiniLM and SmolLM2 are left out where they a
 import argparse
 import datetime
 import json
-import math
 import os
 import pathlib
 import platform
 import subprocess
 import sys
 import tempfile
-import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Idle torch threads would otherwise spin, and their CPU time would be charged to our steps.
@@ -35,6 +33,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import flops
 import numpy as np
+from timing import alternate, ratio
 
 from pelt_jax import training
 
@@ -143,28 +142,16 @@ def paired(base: pathlib.Path, adapter: pathlib.Path, case: dict, pairs: int) ->
   first = {name: run() for name, run in sides.items()}
   if abs(first["pelt_jax"] / first["peft"] - 1) > 1e-4:
     raise SystemExit(f"the losses of step 1 differ, so this compares nothing: {first}")
-  for run in sides.values():
-    run()
-  cpu = {name: [] for name in sides}
-  wall = {name: [] for name in sides}
-  for i in range(pairs):
-    for name in sorted(sides, reverse=bool(i % 2)):
-      c, w = time.process_time(), time.perf_counter()
-      sides[name]()
-      cpu[name].append(time.process_time() - c)
-      wall[name].append(time.perf_counter() - w)
-  logs = np.log(np.array(cpu["pelt_jax"]) / np.array(cpu["peft"]))
-  rng = np.random.default_rng(0)
-  means = [rng.choice(logs, len(logs)).mean() for _ in range(10_000)]
-  low, high = np.exp(np.quantile(means, (0.025, 0.975)))
+  times = alternate(sides, pairs)
+  compared = ratio(*(times["cpu"][side] for side in ("pelt_jax", "peft")))
   return {
     "loss_step_1": first,
     "pairs": pairs,
-    "cpu_ratio": math.exp(logs.mean()),
-    "cpu_ratio_95": [float(low), float(high)],
-    "cpu_seconds_median": {k: float(np.median(v)) for k, v in cpu.items()},
-    "wall_seconds_median": {k: float(np.median(v)) for k, v in wall.items()},
-    "cpu_seconds": cpu,
+    "cpu_ratio": compared["ratio"],
+    "cpu_ratio_95": compared["95 %"],
+    "cpu_seconds_median": {k: float(np.median(v)) for k, v in times["cpu"].items()},
+    "wall_seconds_median": {k: float(np.median(v)) for k, v in times["wall"].items()},
+    "cpu_seconds": times["cpu"],
   }
 
 
