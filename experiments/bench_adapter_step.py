@@ -117,8 +117,8 @@ def markdown(results: dict) -> str:
   lines = [
     "# CPU time of a training step under adapters, against AdapterHub",
     "",
-    "Made by `experiments/bench_adapter_step.py`: MiniLM, float32, batch 32 x 32, two threads, steps",
-    "alternating in one process. A ratio below 1 means that pelt_jax is faster.",
+    "Made by `experiments/bench_adapter_step.py`: MiniLM, float32, batch 32 x 32, two threads,",
+    "steps alternating in one process. A ratio below 1 means that pelt_jax is faster.",
     "",
     "| method | trained numbers | CPU ratio | 95 % | CPU s | AdapterHub CPU s |",
     "|---|---|---|---|---|---|",
