@@ -26,7 +26,7 @@ CLOZE = {
 def jobs(args: argparse.Namespace) -> dict[str, list[str]]:
   """The main job's arguments, by run."""
   files = tasks(pathlib.Path(args.data))
-  minilm = ["--model", str(args.minilm), "--epochs", "3", "--batch", "32"]
+  minilm = ["--model", str(args.minilm), "--epochs", "2", "--batch", "32"]
   made = {}
   for name, recipe in (PROMPTS | ADAPTERS).items():
     room = LENGTHS["sst2"] + recipe.room
