@@ -32,6 +32,12 @@ from pelt_jax.methods._adapter_drop import adapter_drop as adapter_drop
 from pelt_jax.methods._adapter_drop import drop_to as drop_to
 from pelt_jax.methods._adapter_fusion import adapter_fusion as adapter_fusion
 from pelt_jax.methods._bitfit import bitfit as bitfit
+from pelt_jax.methods._close_gates import close_gates as close_gates
+from pelt_jax.methods._close_gates import closed_gates as closed_gates
+from pelt_jax.methods._close_gates import prune_gates as prune_gates
+from pelt_jax.methods._design import DESIGNS as DESIGNS
+from pelt_jax.methods._design import Design as Design
+from pelt_jax.methods._design import design as design
 from pelt_jax.methods._lora import lora as lora
 from pelt_jax.methods._mam import mam as mam
 from pelt_jax.methods._p_tuning import p_tuning as p_tuning
@@ -45,4 +51,5 @@ from pelt_jax.methods._prompt_tuning import virtual_tokens as virtual_tokens
 from pelt_jax.methods._train import full as full
 from pelt_jax.methods._train import train as train
 from pelt_jax.methods._unipelt import unipelt as unipelt
+from pelt_jax.methods._unipelt_within import unipelt_within as unipelt_within
 from pelt_jax.nodes._bank import bank as bank

@@ -91,8 +91,8 @@ def adapter(
       a stream that no norm bounds.
     train_norms: whether the model's norms train; by default for Houlsby's.
     targets: roles or paths of the sublayers: `"ffn"`, `"attention_block"`,
-      `"cross_attention_block"`; `"attention_heads"` puts a parallel branch on the heads' outputs
-      before their projection (multi-head parallel).
+      `"cross_attention_block"`; `"attention_heads"` puts a branch on the heads' outputs before
+      their projection: a parallel one (multi-head parallel), or Houlsby's, which reads them.
     layers: layer numbers to keep; all by default.
     dtype: dtype of the arrays; by default that of the activations.
     group: label of the arrays; None freezes them.
@@ -143,9 +143,7 @@ def adapter(
     assert factor is not None
     return max(1, d // factor)
 
-  def branch(key: jax.Array, site: Site, kind: Callable[..., Bypass]) -> Any:
-    # Before the projection of the heads stands what they give, which may be wider.
-    n_in, n_out = site.out[-1], site.shape[-1] if kind is Before else site.out[-1]
+  def branch(key: jax.Array, site: Site, n_in: int, n_out: int) -> Any:
     m, lead, wanted = width(site, n_in), site.stacked, jnp.dtype(dtype or site.dtype)
     down, up = _drawn(key, lead, (n_in, m, n_out), init, wanted)
     zeros = lambda n: jnp.zeros((*lead, n), wanted)
@@ -168,7 +166,7 @@ def adapter(
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
     for target in _placed(sites, where, reads, layers):
       site, (make, fields) = target.site, _placement(target, style, reads)
-      inside = branch(site_key(key, site.path), site, make)
+      inside = branch(site_key(key, site.path), site, *_widths(make, fields.get("tap"), site))
       node = make(branch=inside, **fields, group=group, stacked=len(site.stacked))
       params = add_bypass(params, sites, site.path, node)
     return params
@@ -217,6 +215,8 @@ def _placement(
     return Before, {"tap": served.tap}
   if reads == "output" and kind in ("after", None):
     return After, {}
+  if reads == "output" and kind == "before":
+    return Before, {}
   if kind == "after" and served is not None:
     residual = served.residual or served.tap
     if reads == "sum":
@@ -229,6 +229,14 @@ def _placement(
     'example roles={"ffn": (pelt.Role("mlp", "after", "in", "../norm:in"),)} in pelt.sites, and '
     "target it by that name"
   )
+
+
+def _widths(make: Callable[..., Bypass], tap: str | None, site: Site) -> tuple[int, int]:
+  """How many numbers a branch reads and gives; what the heads give may be wider than the model."""
+  given = site.shape[-1] if make is Before else site.out[-1]
+  if tap is None:
+    return given, given
+  return site.shape[-1] if tap == "in" else site.out[-1], given
 
 
 def _drawn(

@@ -1,28 +1,21 @@
 """UniPELT: gated LoRA, prefixes and adapters together (arXiv:2110.07577)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Chain, Weight
 from pelt_jax._site import Site
-from pelt_jax._transform import Transform, over, site_key
-from pelt_jax._walk import update_at, walk
+from pelt_jax._transform import Transform
 from pelt_jax.methods._adapter import adapter
+from pelt_jax.methods._gates import drawn_gate, rewrapped
 from pelt_jax.methods._lora import lora
 from pelt_jax.methods._prefix_tuning import prefix_tuning
 from pelt_jax.nodes import (
-  After,
-  AroundNorm,
   FusedLora,
   Gated,
-  Guard,
   LoraWeight,
-  MeanGate,
-  Prefix,
-  Tuned,
 )
 
 POOLS = ("mean", "mean_all", "token")
@@ -107,12 +100,12 @@ def unipelt(
   }
 
   def gate(key: jax.Array, path: str, like: jax.Array, stacked: int, width: int, gates: int = 1):
-    """A gate that reads `width` numbers; its arrays are stacked and typed as `like`."""
-    lead = like.shape[:stacked]
-    drawn = jax.random.normal(site_key(key, f"{path}/gate"), (*lead, width, gates), like.dtype)
-    return MeanGate(
-      0.02 * drawn,
-      jnp.zeros((*lead, gates), like.dtype),
+    return drawn_gate(
+      key,
+      path,
+      like,
+      width,
+      gates,
       mask="attention_mask" if gate_pool == "mean" else None,
       pool="token" if gate_pool == "token" else "mean",
       group=group,
@@ -151,27 +144,7 @@ def unipelt(
       kind = "leaf" if part == "lora" else "call"
       known = {s.path: s for s in sites if s.kind == kind}
       wrap = lambda path, node, f=gated[part], known=known: f(key, path, node, known)
-      params = _wrapped(before, params, wrap)
+      params = rewrapped(before, params, wrap)
     return params
 
   return Transform(initialize)
-
-
-def _wrapped(before: dict, after: dict, wrap: Callable[[str, Any], Any]) -> dict:
-  """Params whose nodes that `before` lacks are replaced by `wrap(site's path, node)`."""
-  old, changes = dict(walk(before)), {}
-  for path, value in walk(after):
-    if value is old.get(path):
-      continue
-    if isinstance(value, Chain):  # the last one came last
-      made = wrap(_site(path), value.nodes[-1])
-      changes[path] = value.replace(nodes=(*value.nodes[:-1], made))
-    elif isinstance(value, Prefix | After | AroundNorm):
-      changes[path] = wrap(_site(path), value)
-    elif isinstance(value, Weight) and not isinstance(value, Guard | Tuned):
-      changes[path] = over(value, lambda node, p=path: wrap(p, node))
-  return update_at(after, changes)
-
-
-def _site(path: str) -> str:
-  return path.removesuffix("bypass").removesuffix("/")

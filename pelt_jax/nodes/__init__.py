@@ -3,6 +3,7 @@
 from pelt_jax.nodes._bank import Bank as Bank
 from pelt_jax.nodes._bank import BankWeight as BankWeight
 from pelt_jax.nodes._branches import Bottleneck as Bottleneck
+from pelt_jax.nodes._branches import Closable as Closable
 from pelt_jax.nodes._branches import Gated as Gated
 from pelt_jax.nodes._branches import MeanGate as MeanGate
 from pelt_jax.nodes._branches import Normalized as Normalized
@@ -15,6 +16,7 @@ from pelt_jax.nodes._lora import LoraWeight as LoraWeight
 from pelt_jax.nodes._placements import After as After
 from pelt_jax.nodes._placements import AroundNorm as AroundNorm
 from pelt_jax.nodes._placements import Before as Before
+from pelt_jax.nodes._placements import Mixed as Mixed
 from pelt_jax.nodes._placements import Prefix as Prefix
 from pelt_jax.nodes._placements import Shift as Shift
 from pelt_jax.nodes._prompt import ExtendedEmbedding as ExtendedEmbedding

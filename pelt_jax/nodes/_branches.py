@@ -140,12 +140,51 @@ class MeanGate(Branch):
         f"the gate at {call.path!r} needs {self.mask} (B, T), which marks real tokens; it has "
         f"shape {real.shape}"
       )
-    weights = jnp.asarray(call.mine(real), x.dtype)[..., None]
-    weights = weights.reshape(weights.shape[weights.ndim - gates.ndim :])  # a bank's row alone
-    return jnp.sum(gates * weights, -2, keepdims=True) / jnp.sum(weights, -2, keepdims=True)
+    return _masked_mean(gates, call.mine(real))
 
   def unmergeable(self) -> str:
     return "its gate depends on the input"
+
+
+class Closable(Branch):
+  """`open * gate(x)`: a gate that can be closed for good.
+
+  What a closed gate scales is exactly absent; a prefix it closes is hidden from the softmax, where
+  keys of zero would keep their share. `record="mean_gate"` gives the gate's mean over real tokens,
+  (B, g), closed or not.
+
+  Attributes:
+    gate: a branch, or () a number.
+    open: (), 1.0 or 0.0; no gradient reaches it.
+  """
+
+  gate: Any = own()
+  open: Any = own()
+
+  def __call__(self, call: Any, x: jax.Array) -> jax.Array:
+    if isinstance(self.gate, Branch):
+      gate: Any = self.gate(call, x)
+    else:
+      gate = jnp.asarray(self.array("gate"), x.dtype).reshape((1,) * x.ndim)
+    if "mean_gate" in call.context.record:
+      call.record("mean_gate", self._told(call, gate))
+    return gate * jnp.asarray(jax.lax.stop_gradient(self.array("open")), gate.dtype)
+
+  def _told(self, call: Any, gate: jax.Array) -> jax.Array:
+    real = call.arg("attention_mask", None)
+    if real is not None and real.shape == gate.shape[:-1]:
+      gate = _masked_mean(gate, real)
+    return jnp.mean(gate, -2)
+
+  def unmergeable(self) -> str:
+    return "its gate depends on the input"
+
+
+def _masked_mean(gates: jax.Array, real: Any) -> jax.Array:
+  """The mean over a row's real tokens, (..., T, g) -> (..., 1, g)."""
+  weights = jnp.asarray(real, gates.dtype)[..., None]
+  weights = weights.reshape(weights.shape[weights.ndim - gates.ndim :])  # a bank's row alone
+  return jnp.sum(gates * weights, -2, keepdims=True) / jnp.sum(weights, -2, keepdims=True)
 
 
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pelt_jax._node import Branch, Bypass, extra, own, static
+from pelt_jax.nodes._bank import Bank
+from pelt_jax.nodes._branches import Closable
 
 
 class After(Bypass):
@@ -65,6 +67,35 @@ class AroundNorm(Bypass):
     return call.next(s + self.branch(call, call.next(s, *args, **kwargs)), *args, **kwargs)
 
 
+class Mixed(Bypass):
+  """`(1 - g) h + g branch(x)`, with g a gate's output for what the branch reads.
+
+  Attributes:
+    gate: a branch giving (B, T, 1), or (B, 1, 1).
+    branch: what takes h's place as the gate opens.
+    tap: x, what both read; None reads h.
+    before: h is the module's first argument; else its output, of a tuple the first item.
+  """
+
+  gate: Any = own()
+  branch: Any = own()
+  tap: str | None = static()
+  before: bool = static(False)
+
+  def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+    source = None if self.tap is None else call.tap(self.tap)
+    if self.before:
+      return call.next(self._mix(call, args[0], source), *args[1:], **kwargs)
+    out = call.next(*args, **kwargs)
+    if isinstance(out, tuple):
+      return (self._mix(call, out[0], source), *out[1:])
+    return self._mix(call, out, source)
+
+  def _mix(self, call: Any, h: jax.Array, source: jax.Array | None) -> jax.Array:
+    source = h if source is None else source
+    return h + self.gate(call.salt(0), source) * (self.branch(call.salt(1), source) - h)
+
+
 class Prefix(Bypass):
   """Extra keys and values in front of an attention core's own: `next(q, [k'; k], [v'; v], mask)`.
 
@@ -76,7 +107,8 @@ class Prefix(Bypass):
   Attributes:
     keys: (P, heads, head width), in a bank (N, P, heads, head width); None waits for a generator.
     values: likewise.
-    gate: None, () or a branch giving (B, 1, 1): scales keys and values.
+    gate: None, () or a branch giving (B, 1, 1): scales keys and values. A `Closable` one that is
+      closed hides them.
     length: None, or () how many rows count (a float): members of a bank may be shorter than P.
     dropout: None or a `Dropout` for keys and values.
     tap: what the gate reads.
@@ -112,17 +144,30 @@ class Prefix(Bypass):
       gate = jnp.asarray(gate, k.dtype)
       own_k, own_v = own_k * gate, own_v * gate
     front = [(shape[1], 0)]
-    if self.banked and length is not None:  # rows that only fill a shorter member up
-      real = jnp.arange(shape[1], dtype=jnp.float32)[None] < length[:, None]
-      own_mask = real[:, None, None]
+    seen = self._seen(call, length, k.shape[0], shape[1])
+    if seen is not None:
       mask = jnp.ones((1, 1, 1, k.shape[1]), bool) if mask is None else mask
-      mask = _beside(own_mask, mask)
+      mask = _beside(seen[:, None, None], mask)
     elif mask is not None:
       mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + front, constant_values=True)
     if bias is not None:
       bias = jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + front)
     k, v = jnp.concatenate([own_k, k], axis=1), jnp.concatenate([own_v, v], axis=1)
     return call.next(q, k, v, mask, bias, **kwargs)
+
+  def _seen(self, call: Any, length: Any, batch: int, rows: int) -> jax.Array | None:
+    """Which rows are visible, (1 or B, P), or None: all are."""
+    seen = None
+    if self.banked and length is not None:  # others only fill a shorter member up
+      seen = jnp.arange(rows, dtype=jnp.float32)[None] < length[:, None]
+    gate: Any = self.gate.members if isinstance(self.gate, Bank) else self.gate
+    if not isinstance(gate, Closable):
+      return seen
+    is_open = gate.open[None]
+    if self.banked:
+      is_open = call.picked(gate.open, batch, gate.open.shape[0])
+    shown = jnp.broadcast_to((is_open > 0.5)[:, None], (is_open.shape[0], rows))
+    return shown if seen is None else seen & shown
 
 
 class Shift(Bypass):

@@ -36,6 +36,7 @@ from pelt_jax.training._loader import Loader as Loader
 from pelt_jax.training._loss import LOSSES as LOSSES
 from pelt_jax.training._loss import cross_entropy as cross_entropy
 from pelt_jax.training._loss import next_token as next_token
+from pelt_jax.training._loss import recorded as recorded
 from pelt_jax.training._memory import keep_freed_memory as keep_freed_memory
 from pelt_jax.training._mesh import base_specs as base_specs
 from pelt_jax.training._mesh import make_mesh as make_mesh

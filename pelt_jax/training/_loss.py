@@ -76,6 +76,41 @@ def next_token(
   return mean, {"weight": weight}
 
 
+def recorded(loss: Loss, *names: str) -> Loss:
+  """`loss` whose `aux["record"]` holds what the nodes tell, for a method's post-step.
+
+  Args:
+    loss: Calls `apply` once.
+    *names: Of values, as `pelt.bypass(...)(record=...)` takes them.
+
+  Returns:
+    A loss for `train_step`.
+
+  Raises:
+    ValueError: No name.
+
+  Example:
+    >>> from pelt_jax import training
+    >>> loss = training.recorded(training.cross_entropy, "mean_gate")
+  """
+  if not names:
+    raise ValueError("recorded(loss) needs the names of the values to record")
+
+  def told(apply: Callable, params: Any, batch: dict, key: jax.Array | None = None) -> Any:
+    seen: dict[str, Any] = {}
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+      out, record = apply(*args, record=names, **kwargs)
+      seen.update(record)
+      return out
+
+    result = loss(listening, params, batch, key)
+    value, aux = result if isinstance(result, tuple) else (result, {})
+    return value, {**aux, "record": seen}
+
+  return told
+
+
 def _mean(losses: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
   weight = jnp.sum(valid, dtype=losses.dtype)
   total = jnp.sum(jnp.where(valid, losses, jnp.zeros_like(losses)))

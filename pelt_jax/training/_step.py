@@ -48,7 +48,8 @@ def train_step(
   Args:
     apply: `pelt.bypass(model.apply)`.
     loss: Returns a scalar, the mean over a batch's targets, or `(scalar, aux)`; `aux["weight"]` is
-      the number of targets. Without it all parts weigh the same.
+      the number of targets. Without it all parts weigh the same. `aux["record"]` (see `recorded`)
+      goes to the post-step, of parts their mean.
     tx: An optax transformation; it sees the trainable part only.
     method: Its post-step runs once per step, on the gradients after clipping.
     clip: Largest global norm of the trainable part's gradients.
@@ -77,20 +78,23 @@ def train_step(
     return trainable, frozen, State(optimizer, post.init(trainable) if post else ())
 
   # The sum rather than the mean over targets: sums of parts add up to the sum of the batch.
-  def total(params: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def total(params: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, tuple]:
     result = loss(apply, params, batch, key)
     value, aux = result if isinstance(result, tuple) else (result, {})
     weight = jnp.asarray(aux.get("weight", 1.0), value.dtype)
-    return value * weight, weight
+    return value * weight, (weight, aux.get("record"))
 
   def step(
     trainable: Any, frozen: Any, state: State, batch: dict, key: jax.Array
   ) -> tuple[Any, State, dict[str, jax.Array]]:
     gradient = value_and_grad(total, has_aux=True)
     if accumulate == 1:
-      (value, weight), grads = gradient(trainable, frozen, batch, key)
+      (value, (weight, record)), grads = gradient(trainable, frozen, batch, key)
     else:
-      value, weight, grads = _accumulated(gradient, trainable, frozen, batch, key, accumulate)
+      (value, (weight, record)), grads = _accumulated(
+        gradient, trainable, frozen, batch, key, accumulate
+      )
+      record = jax.tree.map(lambda x: x / accumulate, record)
     count = jnp.where(weight > 0, weight, jnp.ones_like(weight))  # no target: no gradient, not NaN
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     value = value / count
@@ -108,7 +112,7 @@ def train_step(
       new = optax.apply_updates(trainable, updates)
     after = state.post
     if post is not None:
-      new, after = post.update(state.post, trainable, new, grads)
+      new, after = post.update(state.post, trainable, new, grads, record)
     rates = _learning_rates(optimizer)
     if len(rates) == 1:
       metrics["learning_rate"] = rates[0]
@@ -150,7 +154,9 @@ def _master(x: Any) -> Any:
 
 def _accumulated(
   gradient: Callable, trainable: Any, frozen: Any, batch: dict, key: jax.Array, parts: int
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> Any:
+  """What `gradient` gives for the parts of a batch, added up."""
+
   def split(x: Any) -> Any:
     if x.shape[0] % parts:
       raise ValueError(f"accumulate={parts} does not divide the batch of {x.shape[0]} rows")
@@ -158,12 +164,11 @@ def _accumulated(
 
   def body(carry: Any, xs: Any) -> tuple[Any, None]:
     part, i = xs
-    (value, weight), grads = gradient(trainable, frozen, part, jax.random.fold_in(key, i))
-    return jax.tree.map(jnp.add, carry, (value, weight, grads)), None
+    new = gradient(trainable, frozen, part, jax.random.fold_in(key, i))
+    return jax.tree.map(jnp.add, carry, new), None
 
   pieces = jax.tree.map(split, batch)
   first = jax.tree.map(lambda x: x[0], pieces)
-  (value, weight), grads = jax.eval_shape(gradient, trainable, frozen, first, key)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, weight, grads))
-  (value, weight, grads), _ = jax.lax.scan(body, zeros, (pieces, jnp.arange(parts)))
-  return value, weight, grads
+  shapes = jax.eval_shape(gradient, trainable, frozen, first, key)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.scan(body, zeros, (pieces, jnp.arange(parts)))[0]

@@ -1,0 +1,314 @@
+"""Gated parts that stay shut are closed for good and pruned: an extension, in no paper."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from pelt_jax._node import GENERATORS, Branch, Bypass, Chain, Node, Weight
+from pelt_jax._site import Site
+from pelt_jax._transform import PostStep, Transform, check_whole
+from pelt_jax._tree import fold, is_hole
+from pelt_jax._walk import map_arrays, update_at, walk
+from pelt_jax.methods._gates import module_of
+from pelt_jax.nodes import Closable, Guard, Prefix, PrefixMLP
+
+
+class Closing(NamedTuple):
+  """How far one part is from being closed; arrays are () or, under a scan, (L,).
+
+  Attributes:
+    total: sum of the mean gates since the last evaluation.
+    streak: evaluations in a row that stayed under epsilon.
+    closed: whether it is closed.
+  """
+
+  total: jax.Array
+  streak: jax.Array
+  closed: jax.Array
+
+
+class ClosingState(NamedTuple):
+  """What the post-step of `close_gates` carries.
+
+  Attributes:
+    steps: how many there were.
+    parts: `Closing` per path.
+  """
+
+  steps: jax.Array
+  parts: dict[str, Closing]
+
+
+def close_gates(epsilon: float = 0.05, patience: int = 3, *, every: int = 100) -> Transform:
+  """Closes, while training, every gated part whose gate stays under epsilon.
+
+  An evaluation is the mean of a part's gate over rows, real tokens and `every` steps, layer by
+  layer. After `patience` evaluations in a row under `epsilon` the part is closed for good: what it
+  adds is exactly absent (a prefix is hidden from the softmax), and its arrays stay as they are,
+  whatever the optimizer's moments or decay would do. Of an MLP that makes prefixes this holds for
+  what makes a closed layer's. `prune_gates` takes closed parts out of the tree.
+
+  It follows what has gates: `chain(unipelt(), close_gates(), train("head"))`. One number per gate
+  is added. The post-step is a pure function that needs the gates of the step:
+  `training.train_step(apply, training.recorded(loss, "mean_gate"), tx, method)` gives them. In a
+  loop of your own, call `method.post_step.update(state, old, new, grads, record)` with what
+  `record="mean_gate"` hands out; with `every=1`, once per evaluation.
+
+  Neither paper closes gates; UniPELT's stay soft.
+
+  Args:
+    epsilon: in (0, 1).
+    patience: k.
+    every: steps per evaluation.
+
+  Returns:
+    A `Transform` with a post-step.
+
+  Raises:
+    ValueError: for a bad option; at init, if params hold no gates that train, or two at one place;
+      in the post-step, without a record.
+
+  Example:
+    >>> import pelt_jax as pelt
+    >>> method = pelt.chain(pelt.unipelt(), pelt.close_gates(0.05, patience=3), pelt.train("head"))
+  """
+  if not 0.0 < epsilon < 1.0:
+    raise ValueError(f"epsilon must be above 0 and below 1, as gates are; got {epsilon!r}")
+  check_whole(patience=patience, every=every)
+
+  def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
+    new = update_at(params, {path: _closable(value) for path, value in walk(params)})
+    parts = list(_parts(new))
+    if not parts:
+      raise ValueError(
+        "close_gates: params hold no gates. Chain it behind what adds some, such as pelt.unipelt"
+      )
+    places = [p.module for p in parts]
+    if twice := sorted({p for p in places if places.count(p) > 1}):
+      raise ValueError(f"close_gates: several gates at {twice[:4]}; it can tell one per module")
+    if fixed := [p.path for p in parts if p.gate.group is None]:
+      raise ValueError(f"close_gates: the gates at {fixed[:4]} do not train (group=None)")
+    return new
+
+  def start(trainable: Any) -> ClosingState:
+    parts = {p.field: jnp.shape(p.gate.open) for p in _parts(trainable)}
+    zero = lambda shape, kind: jnp.zeros(shape, kind)
+    return ClosingState(
+      jnp.zeros((), jnp.int32),
+      {f: Closing(*(zero(s, k) for k in ("float32", "int32", "bool"))) for f, s in parts.items()},
+    )
+
+  def update(
+    state: ClosingState, old: Any, new: Any, grads: Any, record: Any = None
+  ) -> tuple[Any, ClosingState]:
+    if record is None:
+      raise ValueError(
+        "close_gates needs the gates of the step: give train_step the loss "
+        'training.recorded(loss, "mean_gate")'
+      )
+    steps = state.steps + 1
+    due = steps % every == 0
+    parts = {}
+    for part in _parts(new):
+      before, mean = state.parts[part.field], _mean_gate(part, record)
+      total = before.total + mean
+      low = total / every < epsilon
+      counted = jnp.where(low, before.streak + 1, jnp.zeros_like(before.streak))
+      streak = jnp.where(due, counted, before.streak)
+      closed = before.closed | (streak >= patience)
+      parts[part.field] = Closing(jnp.where(due, jnp.zeros_like(total), total), streak, closed)
+    closed = {field: part.closed for field, part in parts.items()}
+    return _held(old, new, closed), ClosingState(steps, parts)
+
+  return Transform(initialize, PostStep(start, update))
+
+
+def closed_gates(params: dict) -> dict[str, np.ndarray]:
+  """Which gated parts are closed.
+
+  Args:
+    params: of a method with `close_gates`.
+
+  Returns:
+    Per module or leaf with a gated part: (), or (L,) under a scan, whether it is closed.
+
+  Example:
+    >>> import jax.numpy as jnp, pelt_jax as pelt
+    >>> gate = pelt.nodes.Closable(jnp.full((2,), 0.5), jnp.array([1.0, 0.0]), stacked=1)
+    >>> keys = jnp.zeros((2, 3, 1, 4))
+    >>> prefix = pelt.nodes.Prefix(keys, keys, gate, stacked=1)
+    >>> pelt.closed_gates({"core": {"bypass": prefix}})
+    {'core': array([False,  True])}
+  """
+  return {p.path.removesuffix("/bypass"): np.asarray(p.gate.open) < 0.5 for p in _parts(params)}
+
+
+def prune_gates(params: dict) -> dict:
+  """Params without the parts that `close_gates` closed; they compute the same function.
+
+  Open parts keep their gates and cannot be closed any more. Generated prefixes are folded: what
+  is left of them trains as it is. If nothing is left at all, params are the plain model's.
+
+  Args:
+    params: of a method with `close_gates`.
+
+  Returns:
+    Params with fewer nodes.
+
+  Raises:
+    ValueError: if params hold no closable gates or are traced; if a scan stacks layers of which
+      some are closed and others open, since one program runs them all: unstack them first.
+
+  Example:
+    >>> import jax.numpy as jnp, pelt_jax as pelt
+    >>> gate = pelt.nodes.Closable(jnp.array(0.5), jnp.array(0.0))
+    >>> prefix = pelt.nodes.Prefix(jnp.zeros((3, 1, 4)), jnp.zeros((3, 1, 4)), gate)
+    >>> pelt.prune_gates({"core": {"bypass": prefix}, "bias": jnp.zeros(2)}).keys()
+    dict_keys(['bias'])
+  """
+  params, mixed = fold(params), []
+  parts = list(_parts(params))
+  if not parts:
+    raise ValueError("prune_gates: params hold no gates of pelt.close_gates")
+  for part in parts:
+    if isinstance(part.gate.open, Tracer):
+      raise ValueError("prune_gates changes the tree, so it cannot be traced: call it outside jit")
+    closed = np.asarray(part.gate.open) < 0.5
+    if closed.any() and not closed.all():
+      mixed.append(f"{part.path}: of its layers {np.flatnonzero(closed).tolist()} are closed")
+  if mixed:
+    raise ValueError(
+      "prune_gates: a scan runs all layers by one program, so a part goes from all or none. Use "
+      "pelt.models.to_looped(params, model) and scan=False first:\n  " + "\n  ".join(mixed)
+    )
+  kept = {path: new for path, value in walk(params) if (new := _pruned(value)) is not None}
+  if not any(isinstance(value, Bypass) for value in kept.values()):
+    kept = {p: v.base if isinstance(v, Guard) else v for p, v in kept.items()}
+  return update_at({}, kept)
+
+
+class _Part(NamedTuple):
+  """A node that a closable gate scales.
+
+  Attributes:
+    path: of the outermost node around it.
+    module: of the module that this belongs to.
+    field: its path with the fields that lead to it.
+    node: itself.
+    gate: its gate.
+  """
+
+  path: str
+  module: str
+  field: str
+  node: Node
+  gate: Closable
+
+
+def _parts(tree: Any) -> Iterator[_Part]:
+  for path, value in walk(tree):
+    module = module_of(path) if isinstance(value, Bypass) else path.rpartition("/")[0]
+    for field, node in _within(value, path):
+      gate = next((v for _, v in node.children() if isinstance(v, Closable)), None)
+      if gate is not None:
+        yield _Part(path, module, field, node, gate)
+
+
+def _within(value: Any, field: str) -> Iterator[tuple[str, Node]]:
+  """All nodes of a node, itself first, with their paths."""
+  if isinstance(value, Node):
+    yield field, value
+    for name, below in value.children():
+      yield from _within(below, f"{field}/{name}")
+  elif type(value) is tuple:
+    for i, below in enumerate(value):
+      yield from _within(below, f"{field}/{i}")
+
+
+def _closable(value: Any) -> Any:
+  """A node whose gates can be closed."""
+  if type(value) is tuple:
+    return tuple(map(_closable, value))
+  if not isinstance(value, Node) or isinstance(value, Closable):
+    return value
+
+  def of(name: str, below: Any) -> Any:
+    if below is None or not (name == "gate" or (name == "scaling" and isinstance(below, Branch))):
+      return _closable(below)
+    if isinstance(below, Closable):
+      return below
+    lead = jax.tree.leaves(below)[0].shape[: value.stacked]
+    group = below.group if isinstance(below, Node) else value.group
+    return Closable(below, jnp.ones(lead, jnp.float32), group=group, stacked=value.stacked)
+
+  return value.replace(**{name: of(name, below) for name, below in value.children()})
+
+
+def _mean_gate(part: _Part, record: dict) -> jax.Array:
+  """The gate's mean over rows, () or (L,); of several gates the largest."""
+  seen = record.get(part.module, {})
+  if "mean_gate" not in seen:
+    raise ValueError(
+      f'close_gates: the record has no "mean_gate" of {part.module!r}, only {sorted(seen)}; record '
+      "that name, of the model whose params these are"
+    )
+  gates = jnp.asarray(seen["mean_gate"], jnp.float32)
+  return jnp.max(jnp.mean(gates, -2), -1)
+
+
+def _held(old: Any, new: Any, closed: dict[str, jax.Array]) -> Any:
+  """`new`, where a part is closed with the arrays of `old`, and its gate's `open` as it should."""
+  before: dict[str, Any] = {}
+  map_arrays(lambda kind, group, x, path: before.setdefault(path, x), old, is_leaf=is_hole)
+  made = _generated(new, closed)
+
+  def hold(kind: str, group: str | None, x: Any, path: str) -> Any:
+    if is_hole(x):
+      return x
+    owner = next((f for f in closed if path.startswith(f"{f}/")), None)
+    if owner is not None and not path.startswith(f"{owner}/base"):
+      shut = closed[owner]
+      shut = shut.reshape(shut.shape + (1,) * (x.ndim - shut.ndim))
+      if path.endswith("/open"):
+        return jnp.asarray(~shut, x.dtype)
+      return jnp.where(shut, before[path], x)
+    return x if path not in made else jnp.where(made[path], before[path], x)
+
+  return map_arrays(hold, new, is_leaf=is_hole)
+
+
+def _generated(tree: Any, closed: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """By path of a generator's arrays: which of their numbers make closed prefixes alone."""
+  prefixes = {p.module: p.field for p in _parts(tree) if isinstance(p.node, Prefix)}
+  held = {}
+  for path, node in walk(tree.get(GENERATORS, {})):
+    if not isinstance(node, PrefixMLP) or not all(site in prefixes for site in node.sites):
+      continue
+    layers = jnp.concatenate([jnp.atleast_1d(closed[prefixes[site]]) for site in node.sites])
+    columns = jnp.repeat(layers, 2 * node.heads[0] * node.heads[1])
+    of = lambda name, flags, path=path: held.update({f"{GENERATORS}/{path}/{name}": flags})
+    of("w2", columns[None])
+    of("b2", columns)
+    for name, ndim in (("embedding", 2), ("w1", 2), ("b1", 1)):
+      of(name, jnp.all(layers).reshape((1,) * ndim))
+  return held
+
+
+def _pruned(value: Any) -> Any:
+  """A leaf or node without closed parts, None if nothing is left."""
+  if not isinstance(value, Node):
+    return value
+  if isinstance(value, Chain):
+    left = tuple(n for n in map(_pruned, value.nodes) if n is not None)
+    return left[0] if len(left) == 1 else value.replace(nodes=left) if left else None
+  gate = next(((n, v) for n, v in value.children() if isinstance(v, Closable)), None)
+  if gate is not None and not np.asarray(gate[1].open).any():
+    return _pruned(value.base) if isinstance(value, Weight) else None  # type: ignore[attr-defined]
+  changes = {n: _pruned(v) for n, v in value.children() if isinstance(v, Node)}
+  if any(v is None for v in changes.values()):
+    return None
+  return value.replace(**changes | ({gate[0]: gate[1].gate} if gate is not None else {}))
