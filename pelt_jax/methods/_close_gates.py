@@ -144,7 +144,8 @@ def closed_gates(params: dict) -> dict[str, np.ndarray]:
     >>> pelt.closed_gates({"core": {"bypass": prefix}})
     {'core': array([False,  True])}
   """
-  return {p.path.removesuffix("/bypass"): np.asarray(p.gate.open) < 0.5 for p in _parts(params)}
+  shut = lambda part: np.asarray(np.asarray(part.gate.open) < 0.5)
+  return {part.path.removesuffix("/bypass"): shut(part) for part in _parts(params)}
 
 
 def prune_gates(params: dict) -> dict:
@@ -183,7 +184,8 @@ def prune_gates(params: dict) -> dict:
   if mixed:
     raise ValueError(
       "prune_gates: a scan runs all layers by one program, so a part goes from all or none. Use "
-      "pelt.models.to_looped(params, model) and scan=False first:\n  " + "\n  ".join(mixed)
+      "pelt.models.to_looped(pelt.fold(params), model) and scan=False first:\n  "
+      + "\n  ".join(mixed)
     )
   kept = {path: new for path, value in walk(params) if (new := _pruned(value)) is not None}
   if not any(isinstance(value, Bypass) for value in kept.values()):

@@ -189,7 +189,7 @@ class Shift(Bypass):
     return call.next(position_ids + jnp.asarray(by, position_ids.dtype), *args, **kwargs)
 
 
-def _beside(first: jax.Array, second: jax.Array) -> jax.Array:
+def _beside(first: Any, second: Any) -> jax.Array:
   """Masks (B, H, T, P) and (B, H, T, S) as one, each axis before the last 1 or full."""
   second = second.reshape((1,) * (first.ndim - second.ndim) + second.shape)
   lead = jnp.broadcast_shapes(first.shape[:-1], second.shape[:-1])
