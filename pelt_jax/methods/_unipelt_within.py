@@ -50,7 +50,7 @@ def unipelt_within(
     >>> method = pelt.chain(pelt.unipelt_within(500_000), pelt.train("head"))
   """
   check_whole(budget=budget)
-  parts = tuple(options.get("parts", PARTS))
+  options["parts"] = parts = tuple(options.get("parts", PARTS))
   widest = {"length": length, "rank": rank, "bottleneck": bottleneck, "reduction": reduction}
   unipelt(**widest, **options)  # checks the options before there is a model
 
