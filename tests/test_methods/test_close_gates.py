@@ -1,6 +1,7 @@
 """Closing gates: the state by hand, frozen arrays, absent parts, pruned trees, bad input."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,16 @@ PLACES = (  # of one layer's parts in BERT: paths and the module that tells
   f"{SELF}/core/bypass",
   "encoder/layer/{}/output/LayerNorm/bypass",
 )
+
+
+def test_no_gradient_opens_a_gate():
+  call = types.SimpleNamespace(context=types.SimpleNamespace(record=()))
+  gate, x = nodes.Closable(jnp.float32(0.5), jnp.float32(1.0)), jnp.ones((2, 3, 4))
+  value, grads = jax.value_and_grad(lambda g: jnp.sum(g(call, x)))(gate)
+  assert (float(value), float(grads.gate), float(grads.open)) == (0.5, 1.0, 0.0)
+  shut = gate.replace(open=jnp.float32(0.0))
+  value, grads = jax.value_and_grad(lambda g: jnp.sum(g(call, x)))(shut)
+  assert (float(value), float(grads.gate), float(grads.open)) == (0.0, 0.0, 0.0)
 
 
 @functools.cache

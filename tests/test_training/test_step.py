@@ -85,6 +85,31 @@ def test_the_method_acts_after_clipping_once_per_step():
   assert int(state.post) == 1
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_nodes_tell_reaches_the_method(accumulate):
+  """Of parts their mean; the loss runs as before."""
+  seen = []
+
+  def telling(variables, x, record=()):
+    out = product(variables, x)
+    return (out, {"place": {n: jnp.mean(x) for n in record}}) if record else out
+
+  def update(state, old, new, grads, record=None):
+    seen.append(record)
+    return new, state
+
+  method = pelt.Transform(
+    lambda key, params, sites: params, pelt.PostStep(lambda params: 0, update)
+  )
+  loss = training.recorded(squares, "told")
+  train = training.train_step(telling, loss, optax.sgd(1.0), method, accumulate=accumulate)
+  assert float(run(train, one_weight(1.0, 1.0))[3]["loss"]) == 10.0
+  assert [float(r["place"]["told"]) for r in seen] == [1.5]
+  plain = training.train_step(telling, squares, optax.sgd(1.0), method, accumulate=accumulate)
+  run(plain, one_weight(1.0, 1.0))
+  assert seen[1:] == [None]
+
+
 def test_penalties_join_the_loss():
   class Pulled(pelt.nodes.Tuned):
     def penalty(self):
