@@ -224,6 +224,20 @@ def test_mam_is_the_chain():
   close(apply({"params": params}, ids), apply({"params": prefix}, ids), 2e-6)
 
 
+def test_gates_stand_where_other_nodes_are():
+  """A guarded leaf's LoRA is gated too, and shifted positions are no part."""
+  model, base = built("llama", "encoder")
+  sites = pelt.sites(model, tokens(2, 6))
+  beside = pelt.design("relu", "parallel", "query", "simple", size=2)
+  method = pelt.chain(beside, pelt.unipelt(**SMALL, shift_positions=True, gate_pool="token"))
+  params = jax.eval_shape(lambda p: method.init(jax.random.key(1), p, sites), base)
+  attention = params["layers"]["self_attn"]
+  query, value = (attention[n]["kernel"] for n in ("q_proj", "v_proj"))
+  assert isinstance(query, nodes.Guard) and isinstance(query.base.scaling, nodes.MeanGate)
+  assert isinstance(value.scaling, nodes.MeanGate)
+  assert isinstance(params["positions"]["bypass"], nodes.Shift)
+
+
 @pytest.mark.parametrize(("options", "match"), [
   ({"parts": ()}, "parts must be some of"),
   ({"parts": ("lora", "lora")}, "parts must be some of"),

@@ -51,6 +51,16 @@ def test_sizes_by_hand():
 
 
 @LONG
+def test_what_was_there_before_does_not_count():
+  model, base = built("bert", "encoder")
+  sites = pelt.sites(model, tokens(2, 6))
+  least = FIXED + sum(PRICE.values())
+  method = pelt.chain(pelt.lora(3, targets="ffn_out"), pelt.unipelt_within(least))
+  params = jax.eval_shape(lambda p: method.init(jax.random.key(1), p, sites), base)
+  assert pelt.count(params).stored == least + L * 3 * (D + 48)
+
+
+@LONG
 def test_never_over_the_budget_nor_short_of_what_fits():
   most = {"length": 4, "rank": 2, "bottleneck": 6}
   full = FIXED + sum(PRICE[n] * most[n] for n in most)
