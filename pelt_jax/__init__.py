@@ -33,8 +33,6 @@ from pelt_jax.methods._adapter_drop import drop_to as drop_to
 from pelt_jax.methods._adapter_fusion import adapter_fusion as adapter_fusion
 from pelt_jax.methods._bitfit import bitfit as bitfit
 from pelt_jax.methods._close_gates import close_gates as close_gates
-from pelt_jax.methods._close_gates import closed_gates as closed_gates
-from pelt_jax.methods._close_gates import prune_gates as prune_gates
 from pelt_jax.methods._design import DESIGNS as DESIGNS
 from pelt_jax.methods._design import Design as Design
 from pelt_jax.methods._design import design as design
@@ -48,6 +46,8 @@ from pelt_jax.methods._prefix_tuning import prefix_tuning as prefix_tuning
 from pelt_jax.methods._prompt_tuning import prompt_of as prompt_of
 from pelt_jax.methods._prompt_tuning import prompt_tuning as prompt_tuning
 from pelt_jax.methods._prompt_tuning import virtual_tokens as virtual_tokens
+from pelt_jax.methods._prune_gates import closed_gates as closed_gates
+from pelt_jax.methods._prune_gates import prune_gates as prune_gates
 from pelt_jax.methods._train import full as full
 from pelt_jax.methods._train import train as train
 from pelt_jax.methods._unipelt import unipelt as unipelt

@@ -1,20 +1,17 @@
 """Gated parts that stay shut are closed for good and pruned: an extension, in no paper."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
-from pelt_jax._node import GENERATORS, Branch, Bypass, Chain, Node, Weight
+from pelt_jax._node import GENERATORS, Branch, Node
 from pelt_jax._site import Site
 from pelt_jax._transform import PostStep, Transform, check_whole
-from pelt_jax._tree import fold, is_hole
+from pelt_jax._tree import is_hole
 from pelt_jax._walk import map_arrays, update_at, walk
-from pelt_jax.methods._gates import module_of
-from pelt_jax.nodes import Closable, Guard, Prefix, PrefixMLP
+from pelt_jax.methods._gates import GatedPart, gated_parts
+from pelt_jax.nodes import Closable, Prefix, PrefixMLP
 
 
 class Closing(NamedTuple):
@@ -82,7 +79,7 @@ def close_gates(epsilon: float = 0.05, patience: int = 3, *, every: int = 100) -
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
     new = update_at(params, {path: _closable(value) for path, value in walk(params)})
-    parts = list(_parts(new))
+    parts = list(gated_parts(new))
     if not parts:
       raise ValueError(
         "close_gates: params hold no gates. Chain it behind what adds some, such as pelt.unipelt"
@@ -95,7 +92,7 @@ def close_gates(epsilon: float = 0.05, patience: int = 3, *, every: int = 100) -
     return new
 
   def start(trainable: Any) -> ClosingState:
-    parts = {p.field: jnp.shape(p.gate.open) for p in _parts(trainable)}
+    parts = {p.field: jnp.shape(p.gate.open) for p in gated_parts(trainable)}
     zero = lambda shape, kind: jnp.zeros(shape, kind)
     return ClosingState(
       jnp.zeros((), jnp.int32),
@@ -113,7 +110,7 @@ def close_gates(epsilon: float = 0.05, patience: int = 3, *, every: int = 100) -
     steps = state.steps + 1
     due = steps % every == 0
     parts = {}
-    for part in _parts(new):
+    for part in gated_parts(new):
       before, mean = state.parts[part.field], _mean_gate(part, record)
       total = before.total + mean
       low = total / every < epsilon
@@ -125,110 +122,6 @@ def close_gates(epsilon: float = 0.05, patience: int = 3, *, every: int = 100) -
     return _held(old, new, closed), ClosingState(steps, parts)
 
   return Transform(initialize, PostStep(start, update))
-
-
-def closed_gates(params: dict) -> dict[str, np.ndarray]:
-  """Which gated parts are closed.
-
-  Args:
-    params: of a method with `close_gates`.
-
-  Returns:
-    Per module or leaf with a gated part: (), or (L,) under a scan, whether it is closed.
-
-  Example:
-    >>> import jax.numpy as jnp, pelt_jax as pelt
-    >>> gate = pelt.nodes.Closable(jnp.full((2,), 0.5), jnp.array([1.0, 0.0]), stacked=1)
-    >>> keys = jnp.zeros((2, 3, 1, 4))
-    >>> prefix = pelt.nodes.Prefix(keys, keys, gate, stacked=1)
-    >>> pelt.closed_gates({"core": {"bypass": prefix}})
-    {'core': array([False,  True])}
-  """
-  shut = lambda part: np.asarray(np.asarray(part.gate.open) < 0.5)
-  return {part.path.removesuffix("/bypass"): shut(part) for part in _parts(params)}
-
-
-def prune_gates(params: dict) -> dict:
-  """Params without the parts that `close_gates` closed; they compute the same function.
-
-  Open parts keep their gates and cannot be closed any more. Generated prefixes are folded: what
-  is left of them trains as it is. If nothing is left at all, params are the plain model's.
-
-  Args:
-    params: of a method with `close_gates`.
-
-  Returns:
-    Params with fewer nodes.
-
-  Raises:
-    ValueError: if params hold no closable gates or are traced; if a scan stacks layers of which
-      some are closed and others open, since one program runs them all: unstack them first.
-
-  Example:
-    >>> import jax.numpy as jnp, pelt_jax as pelt
-    >>> gate = pelt.nodes.Closable(jnp.array(0.5), jnp.array(0.0))
-    >>> prefix = pelt.nodes.Prefix(jnp.zeros((3, 1, 4)), jnp.zeros((3, 1, 4)), gate)
-    >>> pelt.prune_gates({"core": {"bypass": prefix}, "bias": jnp.zeros(2)}).keys()
-    dict_keys(['bias'])
-  """
-  params, mixed = fold(params), []
-  parts = list(_parts(params))
-  if not parts:
-    raise ValueError("prune_gates: params hold no gates of pelt.close_gates")
-  for part in parts:
-    if isinstance(part.gate.open, Tracer):
-      raise ValueError("prune_gates changes the tree, so it cannot be traced: call it outside jit")
-    closed = np.asarray(part.gate.open) < 0.5
-    if closed.any() and not closed.all():
-      mixed.append(f"{part.path}: of its layers {np.flatnonzero(closed).tolist()} are closed")
-  if mixed:
-    raise ValueError(
-      "prune_gates: a scan runs all layers by one program, so a part goes from all or none. Use "
-      "pelt.models.to_looped(pelt.fold(params), model) and scan=False first:\n  "
-      + "\n  ".join(mixed)
-    )
-  kept = {path: new for path, value in walk(params) if (new := _pruned(value)) is not None}
-  if not any(isinstance(value, Bypass) for value in kept.values()):
-    kept = {p: v.base if isinstance(v, Guard) else v for p, v in kept.items()}
-  return update_at({}, kept)
-
-
-class _Part(NamedTuple):
-  """A node that a closable gate scales.
-
-  Attributes:
-    path: of the outermost node around it.
-    module: of the module that this belongs to.
-    field: its path with the fields that lead to it.
-    node: itself.
-    gate: its gate.
-  """
-
-  path: str
-  module: str
-  field: str
-  node: Node
-  gate: Closable
-
-
-def _parts(tree: Any) -> Iterator[_Part]:
-  for path, value in walk(tree):
-    module = module_of(path) if isinstance(value, Bypass) else path.rpartition("/")[0]
-    for field, node in _within(value, path):
-      gate = next((v for _, v in node.children() if isinstance(v, Closable)), None)
-      if gate is not None:
-        yield _Part(path, module, field, node, gate)
-
-
-def _within(value: Any, field: str) -> Iterator[tuple[str, Node]]:
-  """All nodes of a node, itself first, with their paths."""
-  if isinstance(value, Node):
-    yield field, value
-    for name, below in value.children():
-      yield from _within(below, f"{field}/{name}")
-  elif type(value) is tuple:
-    for i, below in enumerate(value):
-      yield from _within(below, f"{field}/{i}")
 
 
 def _closable(value: Any) -> Any:
@@ -250,7 +143,7 @@ def _closable(value: Any) -> Any:
   return value.replace(**{name: of(name, below) for name, below in value.children()})
 
 
-def _mean_gate(part: _Part, record: dict) -> jax.Array:
+def _mean_gate(part: GatedPart, record: dict) -> jax.Array:
   """The gate's mean over rows, () or (L,); of several gates the largest."""
   seen = record.get(part.module, {})
   if "mean_gate" not in seen:
@@ -285,7 +178,7 @@ def _held(old: Any, new: Any, closed: dict[str, jax.Array]) -> Any:
 
 def _generated(tree: Any, closed: dict[str, jax.Array]) -> dict[str, jax.Array]:
   """By path of a generator's arrays: which of their numbers make closed prefixes alone."""
-  prefixes = {p.module: p.field for p in _parts(tree) if isinstance(p.node, Prefix)}
+  prefixes = {p.module: p.field for p in gated_parts(tree) if isinstance(p.node, Prefix)}
   held = {}
   for path, node in walk(tree.get(GENERATORS, {})):
     if not isinstance(node, PrefixMLP) or not all(site in prefixes for site in node.sites):
@@ -298,19 +191,3 @@ def _generated(tree: Any, closed: dict[str, jax.Array]) -> dict[str, jax.Array]:
     for name, ndim in (("embedding", 2), ("w1", 2), ("b1", 1)):
       of(name, jnp.all(layers).reshape((1,) * ndim))
   return held
-
-
-def _pruned(value: Any) -> Any:
-  """A leaf or node without closed parts, None if nothing is left."""
-  if not isinstance(value, Node):
-    return value
-  if isinstance(value, Chain):
-    left = tuple(n for n in map(_pruned, value.nodes) if n is not None)
-    return left[0] if len(left) == 1 else value.replace(nodes=left) if left else None
-  gate = next(((n, v) for n, v in value.children() if isinstance(v, Closable)), None)
-  if gate is not None and not np.asarray(gate[1].open).any():
-    return _pruned(value.base) if isinstance(value, Weight) else None  # type: ignore[attr-defined]
-  changes = {n: _pruned(v) for n, v in value.children() if isinstance(v, Node)}
-  if any(v is None for v in changes.values()):
-    return None
-  return value.replace(**changes | ({gate[0]: gate[1].gate} if gate is not None else {}))

@@ -1,15 +1,15 @@
 """What gated methods share: new gates, and nodes rebuilt round them."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Bypass, Chain, Weight
+from pelt_jax._node import Bypass, Chain, Node, Weight
 from pelt_jax._transform import over, site_key
 from pelt_jax._walk import update_at, walk
-from pelt_jax.nodes import MeanGate, Shift, Tuned
+from pelt_jax.nodes import Closable, MeanGate, Shift, Tuned
 
 
 def drawn_gate(
@@ -48,10 +48,10 @@ def rewrapped(before: dict, after: dict, wrap: Callable[[str, Any], Any]) -> dic
     if isinstance(new, Shift | Tuned):
       continue
     if isinstance(value, Chain):
-      made = wrap(module_of(path), new)
+      made = wrap(path.rpartition("/")[0], new)
       changes[path] = value.replace(nodes=(*value.nodes[:-1], made))
     elif isinstance(new, Bypass):
-      changes[path] = wrap(module_of(path), new)
+      changes[path] = wrap(path.rpartition("/")[0], new)
     elif isinstance(new, Weight):
       changes[path] = over(value, lambda node, p=path: wrap(p, node))
   return update_at(after, changes)
@@ -64,6 +64,40 @@ def _bare(value: Any) -> Any:
   return value
 
 
-def module_of(path: str) -> str:
-  """The path of the module whose bypass node is at `path`."""
-  return path.removesuffix("bypass").removesuffix("/")
+class GatedPart(NamedTuple):
+  """A node that a closable gate scales.
+
+  Attributes:
+    path: of the outermost node around it.
+    module: of the module that this belongs to.
+    field: its path with the fields that lead to it.
+    node: itself.
+    gate: its gate.
+  """
+
+  path: str
+  module: str
+  field: str
+  node: Node
+  gate: Closable
+
+
+def gated_parts(tree: Any) -> Iterator[GatedPart]:
+  """The nodes in a tree that a closable gate scales."""
+  for path, value in walk(tree):
+    module = path.rpartition("/")[0]
+    for field, node in _within(value, path):
+      gate = next((v for _, v in node.children() if isinstance(v, Closable)), None)
+      if gate is not None:
+        yield GatedPart(path, module, field, node, gate)
+
+
+def _within(value: Any, field: str) -> Iterator[tuple[str, Node]]:
+  """All nodes of a node, itself first, with their paths."""
+  if isinstance(value, Node):
+    yield field, value
+    for name, below in value.children():
+      yield from _within(below, f"{field}/{name}")
+  elif type(value) is tuple:
+    for i, below in enumerate(value):
+      yield from _within(below, f"{field}/{i}")

@@ -12,7 +12,7 @@ import pytest
 import pelt_jax as pelt
 from pelt_jax import models, nodes, training
 from pelt_jax._walk import every_node, get_at, map_arrays, update_at, walk
-from pelt_jax.methods._close_gates import _parts
+from pelt_jax.methods._gates import gated_parts
 from tests.test_methods.test_adapter import moved
 from tests.test_models.helpers import build, built, close, random_params, tokens
 
@@ -258,7 +258,7 @@ def test_a_generator_keeps_what_makes_closed_layers():
   _, _, params, method = closable(scan=True)
   trainable, _ = pelt.partition(params)
   state = method.post_step.init(trainable)
-  record = {p.module: None for p in _parts(trainable)}
+  record = {p.module: None for p in gated_parts(trainable)}
   core = SELF.replace("/{}", "") + "/core"
   new = jax.tree.map(lambda x: x + 1, trainable)
 
