@@ -28,8 +28,8 @@ def gradnorm_layers(
   """The layers whose adapters have the largest gradients, with the norms.
 
   A layer's norm is |mean over batches of dL/dTheta_l|₂ over all its adapters' numbers: that of the
-  gradient of the loss over the batches together, if they are of one size. An extension that no paper
-  claims; AdapterDrop itself leaves out the lowest layers (`adapter_drop`). The layers serve
+  gradient of the loss over the batches together, if they are of one size. An extension that no
+  paper claims; AdapterDrop itself leaves out the lowest layers (`adapter_drop`). The layers serve
   `adapter(layers=...)` for a fresh start, or `gradnorm_prune`.
 
   Args:

@@ -124,10 +124,10 @@ def _pruned(node: Any, place: str, used: Any, keep: int) -> Any:
 def _smaller(fusion: Fusion, place: str, used: Any, keep: int) -> Fusion:
   lead = fusion.stacked
   shape = jax.tree.leaves(fusion.members)[0].shape[: lead + 1]
-  if isinstance(used, Mapping) or jnp.shape(used) != shape:
+  if isinstance(used, Mapping) or np.shape(used) != shape:
     raise ValueError(
       f"usage[{place!r}] must have shape {shape}, one mean weight per adapter, got "
-      f"{'a mapping' if isinstance(used, Mapping) else jnp.shape(used)}; pelt.fusion_usage makes "
+      f"{'a mapping' if isinstance(used, Mapping) else np.shape(used)}; pelt.fusion_usage makes "
       "it of what record='fusion' gave"
     )
   if not isinstance(used, Tracer) and not np.isfinite(np.asarray(used, np.float64)).all():

@@ -55,8 +55,8 @@ def share_trunk(
   layers = stack_of(sites, "share_trunk")
   if layers[0].stacked:
     raise ValueError(
-      f"share_trunk runs layers apart, but a scan stacks them at {layers[0].path!r}; unstack first: "
-      "models.to_looped(params, model), model.clone(scan=False)"
+      f"share_trunk runs some layers on fewer rows, but a scan stacks them at {layers[0].path!r}; "
+      "unstack first: models.to_looped(params, model), model.clone(scan=False)"
     )
   members = [fold(params) for params in tasks.values()]
   if drop is not None:
@@ -68,7 +68,7 @@ def share_trunk(
   start = next((i for i, site in enumerate(layers) if below(site)), len(layers))
   if start == 0 or (drop is not None and start < drop):
     raise ValueError(
-      f"the tasks have nodes in layer {start}, so that layers from {start} on are not shared; train "
+      f"the tasks have nodes in layer {start}, so layers from {start} on cannot be shared; train "
       "with adapter_drop(n), or take adapters out of robust ones by drop=n"
     )
   params = bank(members)

@@ -58,7 +58,7 @@ class Fusion(Branch):
 
   @property
   def remaining(self) -> tuple:
-    """The members' names, in order; where layers are stacked and some were pruned, one per layer."""
+    """The members' names, in order; of stacked layers that were pruned, a tuple per layer."""
     if self.kept is None:
       return self.names
     kept = np.asarray(self.array("kept"), int)
