@@ -148,7 +148,7 @@ def without_adapters(params: dict, layers: Collection[int], *, robust: bool = Tr
       if not kept:
         continue
       if len(kept) < len(nodes):
-        value = value.replace(nodes=kept) if len(kept) > 1 else kept[0]
+        value = kept[0] if len(kept) == 1 else value.replace(nodes=kept)
     table[path] = value
   bare = set(layers) - {layer_of(p) for p, v in table.items() if isinstance(v, Bypass)}
   idle = lambda path, value: isinstance(value, Guard) and layer_of(path) in bare

@@ -124,15 +124,13 @@ def _norms(grads: Mapping[str, Bypass]) -> dict[int, float]:
   stacks = set()
   for path, node in grads.items():
     values = [np.square(np.asarray(x, np.float64)) for x in jax.tree.leaves(adapters_of(node))]
-    number = layer_of(path)
-    if not values or (number is None and not node.stacked):
-      continue
+    number, layers = layer_of(path), {}
     if node.stacked:  # of one stack's path only the start is known
       stacks.add(path.split("/")[0])
       layers = dict(enumerate(zip(*values, strict=True)))
-    else:
+    elif number is not None and values:
       stacks.add(re.split(r"(?:^|[/_])\d+/", path, maxsplit=1)[0])
-      layers = {number: values}
+      layers[number] = values
     for layer, mine in layers.items():
       squares[layer] = squares.get(layer, 0.0) + sum(float(x.sum()) for x in mine)
   if not squares:

@@ -37,7 +37,7 @@ class Fusion(Branch):
   key_bias: Any = own()
   value: Any = own()
   dropout: Any = extra()
-  kept: Any = extra()
+  kept: Any = extra(default=None)
   names: tuple[str, ...] = static(())
   regularization: float = static(0.0)
 

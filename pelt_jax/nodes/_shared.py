@@ -35,6 +35,8 @@ class EachTask(Bypass):
       call.context.rows = None
 
     def of_task(x: jax.Array, number: int) -> jax.Array:
+      if jnp.shape(x)[:1] != (times * batch,):
+        raise ValueError(f"an output of shape {jnp.shape(x)} has not the batch as its first axis")
       x = x[number * batch : (number + 1) * batch]
       return x if self.widths is None else x[..., : self.widths[number]]
 
