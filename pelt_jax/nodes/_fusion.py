@@ -38,8 +38,8 @@ class Fusion(Branch):
   value: Any = own()
   dropout: Any = extra()
   kept: Any = extra(default=None)
-  names: tuple[str, ...] = static(())
-  regularization: float = static(0.0)
+  names: tuple[str, ...] = static(default=())
+  regularization: float = static(default=0.0)
 
   def __call__(self, call: Any, x: jax.Array) -> jax.Array:
     numbers = jnp.arange(jax.tree.leaves(self.members)[0].shape[0], dtype=jnp.int32)
