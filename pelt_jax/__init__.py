@@ -36,6 +36,8 @@ from pelt_jax.methods._close_gates import close_gates as close_gates
 from pelt_jax.methods._design import DESIGNS as DESIGNS
 from pelt_jax.methods._design import Design as Design
 from pelt_jax.methods._design import design as design
+from pelt_jax.methods._gradnorm import gradnorm_layers as gradnorm_layers
+from pelt_jax.methods._gradnorm import gradnorm_prune as gradnorm_prune
 from pelt_jax.methods._lora import lora as lora
 from pelt_jax.methods._mam import mam as mam
 from pelt_jax.methods._p_tuning import p_tuning as p_tuning
@@ -46,8 +48,11 @@ from pelt_jax.methods._prefix_tuning import prefix_tuning as prefix_tuning
 from pelt_jax.methods._prompt_tuning import prompt_of as prompt_of
 from pelt_jax.methods._prompt_tuning import prompt_tuning as prompt_tuning
 from pelt_jax.methods._prompt_tuning import virtual_tokens as virtual_tokens
+from pelt_jax.methods._prune_fusion import fusion_usage as fusion_usage
+from pelt_jax.methods._prune_fusion import prune_fusion as prune_fusion
 from pelt_jax.methods._prune_gates import closed_gates as closed_gates
 from pelt_jax.methods._prune_gates import prune_gates as prune_gates
+from pelt_jax.methods._share_trunk import share_trunk as share_trunk
 from pelt_jax.methods._train import full as full
 from pelt_jax.methods._train import train as train
 from pelt_jax.methods._unipelt import unipelt as unipelt

@@ -85,11 +85,13 @@ class Site:
   @property
   def layer(self) -> int | None:
     """The first whole number among the path's components (`layers/3/...`, `h_3/...`)."""
-    for part in self.path.split("/"):
-      found = re.fullmatch(r"(?:.*_)?(\d+)", part)
-      if found:
-        return int(found.group(1))
-    return None
+    return layer_of(self.path)
+
+
+def layer_of(path: str) -> int | None:
+  """The first whole number among a path's components (`layers/3/...`, `h_3/...`)."""
+  found = (re.fullmatch(r"(?:.*_)?(\d+)", part) for part in path.split("/"))
+  return next((int(f.group(1)) for f in found if f), None)
 
 
 def matches(pattern: str, path: str) -> bool:

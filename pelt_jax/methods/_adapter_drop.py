@@ -1,5 +1,6 @@
 """AdapterDrop: no adapters in the lowest layers (arXiv:2010.11918)."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from pelt_jax._node import Bypass, Chain
-from pelt_jax._site import Site, find
+from pelt_jax._site import Site, find, layer_of
 from pelt_jax._transform import Transform, add_bypass
 from pelt_jax._walk import update_at, walk
 from pelt_jax.methods._adapter import adapter
-from pelt_jax.nodes import DropBelow
+from pelt_jax.nodes import DropBelow, Guard
 
 
 def adapter_drop(
@@ -76,10 +77,7 @@ def adapter_drop(
   everywhere = adapter(style, **options)
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
-    layers = [t.site for t in find(sites, "layer", kind="call")]
-    stacks = {s.parent if not s.stacked else s.path for s in layers}
-    if len(stacks) > 1:
-      raise ValueError(f"adapter_drop needs one stack of layers; this model has {sorted(stacks)}")
+    layers = stack_of(sites, "adapter_drop")
     count = layers[0].stacked[0] if layers[0].stacked else len(layers)
     if drop > count:
       raise ValueError(f"drop={drop}, but the model has {count} layers")
@@ -107,6 +105,54 @@ def adapter_drop(
     return adapter(style, layers=kept, **options).init(key, params, sites)
 
   return Transform(initialize)
+
+
+def stack_of(sites: tuple[Site, ...], name: str) -> list[Site]:
+  """The layers in their order, one site if a scan stacks them; `name` is who asks.
+
+  Raises:
+    ValueError: if the model has several stacks.
+  """
+  layers = [t.site for t in find(sites, "layer", kind="call")]
+  stacks = {s.parent if not s.stacked else s.path for s in layers}
+  if len(stacks) > 1:
+    raise ValueError(f"{name} needs one stack of layers; this model has {sorted(stacks)}")
+  return sorted(layers, key=lambda site: site.layer or 0)  # sites have 10 before 2
+
+
+def adapters_of(value: Any) -> tuple[Bypass, ...]:
+  """The adapters among the bypass nodes of one site: those that have a branch."""
+  nodes = value.nodes if isinstance(value, Chain) else (value,)
+  return tuple(n for n in nodes if isinstance(n, Bypass) and hasattr(n, "branch"))
+
+
+def without_adapters(params: dict, layers: Collection[int], *, robust: bool = True) -> dict:
+  """Params of looped layers without the adapters in some.
+
+  Args:
+    params: params with adapters.
+    layers: numbers of the layers that lose them, and the node that may leave them out.
+    robust: whether the other layers keep that node.
+  """
+
+  def goes(node: Bypass, dropped: bool) -> bool:
+    if isinstance(node, DropBelow):
+      return dropped or not robust
+    return dropped and bool(adapters_of(node))
+
+  table = {}
+  for path, value in walk(params):
+    if isinstance(value, Bypass):
+      nodes = value.nodes if isinstance(value, Chain) else (value,)
+      kept = tuple(n for n in nodes if not goes(n, layer_of(path) in layers))
+      if not kept:
+        continue
+      if len(kept) < len(nodes):
+        value = kept[0] if len(kept) == 1 else value.replace(nodes=kept)
+    table[path] = value
+  bare = set(layers) - {layer_of(p) for p, v in table.items() if isinstance(v, Bypass)}
+  idle = lambda path, value: isinstance(value, Guard) and layer_of(path) in bare
+  return update_at({}, {p: v.base if idle(p, v) else v for p, v in table.items()})
 
 
 def drop_to(params: dict, drop: Any) -> dict:

@@ -24,7 +24,9 @@ class Fusion(Branch):
     key_bias: (d,).
     value: (d, d), or None: the outputs as they are.
     dropout: None or a `Dropout` for the weights s.
-    names: of the members, in order.
+    kept: None, or (k,): which of `names` the members are, once the others were pruned; floats, so
+      that whole-tree gradients stay defined.
+    names: of all adapters that were fused, in order.
     regularization: weight of |value - I|² in the loss.
   """
 
@@ -35,11 +37,12 @@ class Fusion(Branch):
   key_bias: Any = own()
   value: Any = own()
   dropout: Any = extra()
-  names: tuple[str, ...] = static(())
-  regularization: float = static(0.0)
+  kept: Any = extra(default=None)
+  names: tuple[str, ...] = static(default=())
+  regularization: float = static(default=0.0)
 
   def __call__(self, call: Any, x: jax.Array) -> jax.Array:
-    numbers = jnp.arange(len(self.names), dtype=jnp.int32)
+    numbers = jnp.arange(jax.tree.leaves(self.members)[0].shape[0], dtype=jnp.int32)
     z = jax.vmap(lambda member, i: member(call.salt(i), x))(self.members, numbers)
     q = affine(x, self.array("query"), self.array("query_bias"))
     k = affine(z, self.array("key"), self.array("key_bias"))
@@ -52,6 +55,15 @@ class Fusion(Branch):
     if self.value is not None:
       z = product("...i,io->...o", z, self.array("value"))
     return jnp.einsum("...n,n...d->...d", jnp.asarray(weights, x.dtype), z)
+
+  @property
+  def remaining(self) -> tuple:
+    """The members' names, in order; of stacked layers that were pruned, a tuple per layer."""
+    if self.kept is None:
+      return self.names
+    kept = np.asarray(self.array("kept"), int)
+    pick = lambda row: tuple(self.names[i] for i in row)
+    return pick(kept) if kept.ndim == 1 else tuple(map(pick, kept))
 
   def penalty(self) -> jax.Array:
     if self.value is None or not self.regularization:

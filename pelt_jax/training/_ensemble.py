@@ -10,6 +10,7 @@ import numpy as np
 
 from pelt_jax._tree import combine, partition
 from pelt_jax.nodes._bank import bank, members_of
+from pelt_jax.nodes._shared import repeat_batch
 from pelt_jax.training._encoded import Encoded
 from pelt_jax.training._evaluate import MAIN_METRIC, Evaluator
 from pelt_jax.training._step import TrainStep
@@ -89,10 +90,7 @@ def ensemble(apply: Callable, members: int, by: str = "majority") -> Callable:
     if "rows" in kwargs:
       raise ValueError("rows: an ensemble asks all members about every row, so leave rows out")
 
-    def repeated(x: Any) -> Any:
-      rows = getattr(x, "shape", ())[:1] == (batch,)
-      return jnp.concatenate([jnp.asarray(x)] * members) if rows else x
-
+    repeated = functools.partial(repeat_batch, times=members, batch=batch)
     rows = np.repeat(np.arange(members, dtype=np.int32), batch)
     others = {k: v if k == "rngs" else repeated(v) for k, v in kwargs.items()}
     out = apply(variables, repeated(inputs), *map(repeated, args), rows=rows, **others)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import pelt_jax as pelt
 from pelt_jax import models, nodes
@@ -55,6 +56,27 @@ def test_fixed_n_leaves_the_lowest_layers_as_they_were(n):
   if n == 0:
     same = adapted(pelt.adapter("pfeiffer", bottleneck=5))[2]
     assert jax.tree.structure(same) == jax.tree.structure(params)
+
+
+class Layers(nn.Module):
+  """Eleven small layers."""
+
+  @nn.compact
+  def __call__(self, x):
+    for i in range(11):
+      x = nn.Dense(2, name=f"layer_{i}")(x)
+    return x
+
+
+def test_layers_are_counted_and_not_spelt():
+  """Layer 10 is the last, though its name comes before that of layer 2."""
+  model, x = Layers(), jnp.ones((1, 2))
+  roles = {"layer": (pelt.Role("layer_*"),), "ffn": (pelt.Role("layer_*", "after", "in"),)}
+  sites = pelt.sites(model, x, roles=roles)
+  base = model.init(jax.random.key(0), x)["params"]
+  method = pelt.adapter_drop(10, robust=True, style="parallel", bottleneck=1)
+  params = method.init(jax.random.key(1), base, sites)
+  assert [int(params[f"layer_{i}"]["bypass"].nodes[1].layer) for i in range(11)] == [*range(11)]
 
 
 def products(n):
