@@ -48,27 +48,12 @@ def accuracies(
     found["specialised"][n] = report["metric"]["after"]
   plain = trained.load(args.out / "fixed-0") if 0 in args.fixed else None
   if plain is not None:
+    upper = lambda n: pelt.gradnorm_prune(plain.params, range(n, layers))
     found["dropped afterwards"] = {
-      n: training.evaluate(plain.apply, without(plain.params, n), plain.rows, BATCH)["accuracy"]
-      for n in every
+      n: training.evaluate(plain.apply, upper(n), plain.rows, BATCH)["accuracy"]
+      for n in range(layers)
     }
   return found
-
-
-def without(params: dict, n: int) -> dict:
-  """Params without the adapters of the n lowest layers."""
-
-  def kept(tree: dict, below: bool) -> dict:
-    new = {}
-    for key, value in tree.items():
-      inside = below or (key.isdigit() and int(key) < n)
-      if isinstance(value, dict):
-        new[key] = kept(value, inside)
-      elif key != "bypass" or not inside:
-        new[key] = value
-    return new
-
-  return kept(params, False)
 
 
 def times(source: str, rounds: int) -> dict:

@@ -17,6 +17,8 @@ import trained
 from recipes import LENGTHS, RECIPES, tasks
 from reporting import save_figure, write
 
+import pelt_jax as pelt
+
 
 def plot(path: pathlib.Path, results: dict) -> None:
   from matplotlib.figure import Figure
@@ -56,12 +58,13 @@ def main() -> None:
   for name, job in jobs.items():
     folder = args.out / f"fusion-{name}"
     report = trained.run(folder, [*job, "--method", "adapter_fusion", "--adapters", folders])
+    usage = pelt.fusion_usage(trained.recorded(trained.load(folder), "fusion"))
     results[name] = {
       "metric": report["metric"]["name"],
       "single": singles[name]["metric"]["after"],
       "fusion": report["metric"]["after"],
       "trainable": report["parameters"]["trainable"],
-      "weights": {p: w.tolist() for p, w in trained.means(trained.load(folder), "fusion").items()},
+      "weights": {place: used.tolist() for place, used in usage.items()},
     }
     write(args.out / "results.json", json.dumps(results, indent=1) + "\n")
   plot(args.out / "fusion.png", results)

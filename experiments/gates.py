@@ -11,6 +11,7 @@ import argparse
 import json
 import pathlib
 
+import numpy as np
 import trained
 from recipes import LENGTHS, RECIPES, tasks
 from reporting import save_figure, write
@@ -19,12 +20,19 @@ PARTS = {"query": "LoRA, query", "value": "LoRA, value", "core": "prefix"}  # el
 
 
 def gates(run: trained.Trained) -> dict[str, list[float]]:
-  """Mean gates by part, one per layer."""
+  """Mean gates over the rows by part, one per layer."""
+  totals, rows = {}, 0
+  for seen, mask in trained.recorded(run, "gates"):
+    real = mask.any(1)  # not those that fill a batch
+    rows += int(real.sum())
+    for path, values in seen.items():
+      each = np.asarray(values["gates"], np.float64).reshape(len(mask), -1).mean(1)
+      totals[path] = totals.get(path, 0.0) + float(each[real].sum())
   parts: dict[str, dict[int, float]] = {}
-  for path, value in trained.means(run, "gates").items():
+  for path, total in totals.items():
     layer = next(int(name) for name in path.split("/") if name.isdigit())
     part = PARTS.get(path.rpartition("/")[2], "adapter")
-    parts.setdefault(part, {})[layer] = float(value)
+    parts.setdefault(part, {})[layer] = total / rows
   return {part: [by[layer] for layer in sorted(by)] for part, by in sorted(parts.items())}
 
 

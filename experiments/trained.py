@@ -2,11 +2,11 @@
 
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import finetune
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import pelt_jax as pelt
@@ -47,28 +47,12 @@ def load(out: pathlib.Path) -> Trained:
   return Trained(pelt.bypass(model.apply), params, rows, report)
 
 
-def means(run: Trained, name: str) -> dict[str, np.ndarray]:
-  """Recorded values by path, averaged over the rows, or over real tokens where each has its own."""
+def recorded(run: Trained, name: str) -> Iterator[tuple[dict, np.ndarray]]:
+  """What `record=name` gives for each batch of the rows, with the batch's mask."""
 
   @jax.jit
-  def summed(params, batch):
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    _, seen = run.apply({"params": params}, ids, mask, record=name)
-    found = {}
-    for path, values in seen.items():
-      value = values[name]
-      real = (
-        mask if value.shape[:2] == mask.shape else mask.any(1)
-      )  # rows that fill a batch have none
-      real = real.reshape(*real.shape, *(1,) * (value.ndim - real.ndim)).astype(bool)
-      axes = tuple(range(real.ndim))[: 2 if value.shape[:2] == mask.shape else 1]
-      found[path] = jnp.where(real, value, 0).sum(axes), real.sum()
-    return found
+  def seen(params, ids, mask):
+    return run.apply({"params": params}, ids, mask, record=name)[1]
 
-  total: dict[str, list] = {}
   for _, batch in training.batches(run.rows, 32):
-    given = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    for path, (value, weight) in jax.device_get(summed(run.params, given)).items():
-      before = total.setdefault(path, [0.0, 0])
-      before[0], before[1] = before[0] + np.asarray(value, np.float64), before[1] + int(weight)
-  return {path: value / weight for path, (value, weight) in total.items()}
+    yield seen(run.params, batch["input_ids"], batch["attention_mask"]), batch["attention_mask"]
