@@ -2,12 +2,14 @@
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.core import meta
 
@@ -197,7 +199,9 @@ def penalty(params: Mapping[str, Any]) -> jax.Array:
   Returns:
     A scalar to add to the loss.
   """
-  return sum((n.penalty() for n in penalised(params)), jnp.zeros((), jnp.float32))
+  found = [n.penalty() for n in penalised(params)]
+  wide = functools.reduce(np.promote_types, (p.dtype for p in found), np.dtype(np.float32))
+  return sum((p.astype(wide) for p in found), jnp.zeros((), wide))
 
 
 def penalised(tree: Any) -> list[Node]:

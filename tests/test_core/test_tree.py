@@ -207,6 +207,17 @@ def test_penalty_is_zero_without_regularisers():
   np.testing.assert_array_equal(pelt.penalty(tree()), jnp.zeros((), jnp.float32))
 
 
+def test_penalties_of_several_dtypes_add_up_in_the_widest():
+  def fusion(dtype):
+    value = jnp.zeros((2, 2), dtype)
+    return nodes.Fusion(None, None, None, None, None, value, names=("a",), regularization=0.5)
+
+  with jax.enable_x64(True):
+    kinds = ("bfloat16", "float32", "float64")
+    total = pelt.penalty({kind: {"bypass": nodes.After(fusion(kind))} for kind in kinds})
+    assert total.dtype == jnp.float64 and float(total) == 3 * 0.5 * 2
+
+
 def test_chain_runs_post_steps_in_order_and_refuses_strangers():
   def step(factor, offset):
     update = lambda state, old, new, grads, record=None: (
