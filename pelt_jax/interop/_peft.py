@@ -80,7 +80,7 @@ def export(
     >>> config["target_modules"], config["r"], config["lora_alpha"]
     (['layers_0'], 2, 6)
   """
-  _check_order("export(folder, params, model)", params, model)
+  check_order("export(folder, params, model)", params, model)
   params = fold(params)
   method = _method(params)
   if method == "a prefix":
@@ -148,7 +148,7 @@ def load(
     >>> float(again["layers_0"]["kernel"].scaling)
     3.0
   """
-  _check_order("load(folder, model, base)", base, model)
+  check_order("load(folder, model, base)", base, model)
   folder = pathlib.Path(folder)
   raw = read_config(folder)
   kind = raw["peft_type"]
@@ -168,7 +168,7 @@ def load(
   )
 
 
-def _check_order(signature: str, params: Any, model: Any) -> None:
+def check_order(signature: str, params: Any, model: Any) -> None:
   if isinstance(model, Mapping) or not isinstance(params, Mapping):
     raise TypeError(
       f"{signature}: params must be nested dicts and model a module, got params of type "
