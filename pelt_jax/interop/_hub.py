@@ -6,10 +6,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from pelt_jax._linen_sites import sites as sites_of
 from pelt_jax._site import Site
 from pelt_jax.interop._hub_export import adapter_part
 from pelt_jax.interop._hub_files import (
@@ -103,8 +99,6 @@ def load(
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise FileNotFoundError(f"there is no folder {str(folder)!r}")
-  if sites is None:
-    sites = sites_of(model, jax.ShapeDtypeStruct((1, 2), jnp.int32))
   heads = folder
   if (folder / SETUP).is_file():
     folder, heads = _of_setup(folder)

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from pelt_jax.interop._torch_file import read_torch_file
@@ -104,8 +105,8 @@ class Tensors:
 
   @property
   def dtype(self) -> Any:
-    """The widest dtype of all."""
-    return np.result_type(*(v.dtype for v in self.values.values()))
+    """The widest dtype of all that JAX allows."""
+    return jax.dtypes.canonicalize_dtype(np.result_type(*(v.dtype for v in self.values.values())))
 
 
 def write_parts(folder: pathlib.Path, parts: Mapping[Kind, Part]) -> None:

@@ -15,7 +15,7 @@ from pelt_jax.interop._hub_config import BottleneckConfig, read_configs
 from pelt_jax.interop._hub_export import adapter_part
 from pelt_jax.interop._hub_files import ADAPTER, FUSION, Part, Tensors, read_json
 from pelt_jax.interop._hub_head import common_fields
-from pelt_jax.interop._hub_load import check_base, load_adapter
+from pelt_jax.interop._hub_load import check_base, load_adapter, traced
 from pelt_jax.interop._hub_names import bottleneck_name, family, layers_of
 from pelt_jax.interop._hub_write import Notes, at_layer
 from pelt_jax.interop._peft_files import complain
@@ -39,7 +39,7 @@ def load_fusion(
   folders: Mapping[str, pathlib.Path] | None,
   model: Any,
   base: Mapping,
-  sites: tuple[Site, ...],
+  sites: tuple[Site, ...] | None,
   strict: bool,
 ) -> dict:
   """Params with the adapters of several folders, fused as `folder` says."""
@@ -53,7 +53,7 @@ def load_fusion(
   folders = {n: folder.parent / n for n in names} if folders is None else folders
   if set(folders) != set(names):
     raise ValueError(f"{file} fuses the adapters {names}; adapters names {sorted(folders)}")
-  members = {}
+  members, sites = {}, traced(model, sites)
   for member in names:
     if not folders[member].is_dir():
       raise FileNotFoundError(

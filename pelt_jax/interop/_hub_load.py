@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
+from pelt_jax._linen_sites import sites as sites_of
 from pelt_jax._node import BYPASS, GENERATORS, Weight
 from pelt_jax._site import Site, find
 from pelt_jax._transform import over
@@ -59,15 +60,20 @@ def check_base(raw: Mapping[str, Any], file: pathlib.Path, model: Any) -> None:
     )
 
 
+def traced(model: Any, sites: tuple[Site, ...] | None) -> tuple[Site, ...]:
+  """The sites given, or those of a call with token ids."""
+  return sites_of(model, jax.ShapeDtypeStruct((1, 2), jnp.int32)) if sites is None else sites
+
+
 def load_adapter(
-  folder: pathlib.Path, model: Any, base: Mapping, sites: tuple[Site, ...], strict: bool
+  folder: pathlib.Path, model: Any, base: Mapping, sites: tuple[Site, ...] | None, strict: bool
 ) -> dict:
   """Params with the nodes of one adapter's folder."""
   file = folder / ADAPTER.config
   raw = read_json(file, "name", "config")
   check_base(raw, file, model)
   configs = read_configs(raw, file, strict)
-  reader = _Reader(Tensors(folder, ADAPTER), model, sites, str(raw["name"]), file)
+  reader = _Reader(Tensors(folder, ADAPTER), model, traced(model, sites), str(raw["name"]), file)
   params = dict(base)
   for config in configs:
     params = reader.add(params, config)

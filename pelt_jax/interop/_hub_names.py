@@ -139,6 +139,8 @@ def layers_of(model: Any, path: str) -> list[Layer]:
       if scanned(model, path) is not None:
         return [Layer(i, offset + i, f"{inner}/{i}/{rest}") for i in range(count)]
       number, _, rest = rest.partition("/")
+      if not number:  # what holds the layers
+        return []
       return [Layer(None, offset + int(number), f"{inner}/{number}/{rest}")]
     offset += count
   return []

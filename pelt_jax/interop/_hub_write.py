@@ -13,7 +13,7 @@ from pelt_jax.nodes import MeanGate
 def at_layer(value: Any, index: int | None) -> np.ndarray:
   """One layer of an array."""
   array = np.asarray(strip(value))
-  return array if index is None else array[index]
+  return array if index is None else np.asarray(array[index])
 
 
 class Notes:

@@ -70,7 +70,7 @@ def draw(named) -> None:
   with torch.no_grad():
     for name, p in named:
       p.normal_(0, 0.3 if p.ndim > 1 else 0.1)
-      if "norm" in name.lower() and name.endswith("weight") or ".ln_" in name:
+      if ("norm" in name.lower() and name.endswith("weight")) or ".ln_" in name:
         p.add_(1)
 
 
@@ -106,7 +106,14 @@ def add(model, family: str, case: str) -> None:
     model.add_prediction_head_from_config(case, config)
   model.double().eval()
   torch.manual_seed(1)
-  keys = (".adapters.", "adapter_fusion_layer.", "prefix_tunings.", "prefix_gates.", ".loras.", "heads.")
+  keys = (
+    ".adapters.",
+    "adapter_fusion_layer.",
+    "prefix_tunings.",
+    "prefix_gates.",
+    ".loras.",
+    "heads.",
+  )
   draw((n, p) for n, p in model.named_parameters() if any(k in n for k in keys))
 
 
@@ -120,12 +127,14 @@ def save(model, case: str, folder: pathlib.Path) -> None:
     model.save_adapter(str(folder), case, with_head=hasattr(model, "heads"), use_safetensors=safe)
 
 
-def load(model, case: str, folder: pathlib.Path, name: str | None = None) -> None:
-  """Loads what was written here."""
-  if case == "fusion":
-    model.load_adapter_setup(str(folder), set_active=True, use_safetensors=True)
-  else:
-    model.load_adapter(str(folder), set_active=True, use_safetensors=True)
+def load(model, case: str, folder: pathlib.Path) -> None:
+  """Loads what was written here, into modules that are float64 from the start."""
+  read = model.load_adapter_setup if case == "fusion" else model.load_adapter
+  torch.set_default_dtype(torch.float64)
+  try:
+    read(str(folder), set_active=True, use_safetensors=True)
+  finally:
+    torch.set_default_dtype(torch.float32)
   model.double().eval()
 
 
