@@ -10,7 +10,7 @@ from pelt_jax._node import BYPASS, GENERATORS, Chain, Node
 from pelt_jax._tree import fold
 from pelt_jax._walk import walk
 from pelt_jax.interop._factors import QUANTIZED
-from pelt_jax.interop._hub_config import BottleneckConfig, Config, write_config
+from pelt_jax.interop._hub_config import BottleneckConfig, Config
 from pelt_jax.interop._hub_export_weights import Loras, Prefixes
 from pelt_jax.interop._hub_files import Part
 from pelt_jax.interop._hub_head import common_fields, head_modules
@@ -22,7 +22,7 @@ from pelt_jax.interop._hub_names import (
   layers_with,
   role_entry,
 )
-from pelt_jax.interop._hub_write import Notes, at_layer
+from pelt_jax.interop._hub_write import Notes, at_layer, write_config
 from pelt_jax.interop._peft_files import complain
 from pelt_jax.interop._peft_lora_export import _shortest
 from pelt_jax.interop._peft_saved import unguarded

@@ -15,8 +15,9 @@ from pelt_jax.interop._hub_config import BottleneckConfig, read_configs
 from pelt_jax.interop._hub_export import adapter_part
 from pelt_jax.interop._hub_files import ADAPTER, FUSION, Part, Tensors, read_json
 from pelt_jax.interop._hub_head import common_fields
-from pelt_jax.interop._hub_load import check_base, load_adapter, traced
+from pelt_jax.interop._hub_load import load_adapter
 from pelt_jax.interop._hub_names import bottleneck_name, family, layers_of
+from pelt_jax.interop._hub_reader import check_base, traced
 from pelt_jax.interop._hub_write import Notes, at_layer
 from pelt_jax.interop._peft_files import complain
 from pelt_jax.methods._adapter_fusion import adapter_fusion

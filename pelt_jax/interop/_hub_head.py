@@ -9,8 +9,8 @@ import numpy as np
 from pelt_jax._node import materialize
 from pelt_jax._walk import get_at, update_at
 from pelt_jax.interop._hub_files import HEAD, VERSION, Part, Tensors, read_json
-from pelt_jax.interop._hub_load import check_base
 from pelt_jax.interop._hub_names import family
+from pelt_jax.interop._hub_reader import check_base
 from pelt_jax.interop._peft_files import complain
 from pelt_jax.interop._peft_saved import stored, torch_array, tuned_leaves
 from pelt_jax.interop._places import Place, is_tied, is_tokens, places

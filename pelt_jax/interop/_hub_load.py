@@ -4,16 +4,12 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 
-from pelt_jax._linen_sites import sites as sites_of
 from pelt_jax._node import BYPASS, GENERATORS, Weight
 from pelt_jax._site import Site, find
 from pelt_jax._transform import over
-from pelt_jax._walk import update_at, walk
 from pelt_jax.interop._hub_config import (
   BottleneckConfig,
   Config,
@@ -27,42 +23,15 @@ from pelt_jax.interop._hub_names import (
   NO_T5_PREFIX,
   bottleneck_name,
   count_layers,
-  family,
-  layers_of,
   without_layers,
 )
+from pelt_jax.interop._hub_reader import LORAS, Reader, boxed, check_base, traced
 from pelt_jax.interop._peft_files import complain
 from pelt_jax.methods._adapter import adapter
 from pelt_jax.methods._lora import lora
 from pelt_jax.methods._prefix_tuning import prefix_tuning
 from pelt_jax.models import torch_name
-from pelt_jax.nodes import FusedLora, Gated, Guard, LoraWeight, MeanGate, Normalized, Tuned
-
-# How tensors were named before adapters of text had one name for all layers.
-_OLD_NAMES = {
-  "attention_text_task_adapters": "adapters",
-  "attention_text_lang_adapters": "adapters",
-  "layer_text_task_adapters": "adapters",
-  "layer_text_lang_adapters": "adapters",
-}
-
-
-def check_base(raw: Mapping[str, Any], file: pathlib.Path, model: Any) -> None:
-  """Raises if a file was made for another base."""
-  kind, width = raw.get("model_type"), raw.get("hidden_size")
-  if kind is not None and kind != model.config.model_type:
-    raise ValueError(
-      f"{file} was made for a base of model_type {kind!r}, this one is {model.config.model_type!r}"
-    )
-  if width is not None and width != model.config.hidden_size:
-    raise ValueError(
-      f"{file} was made for a base of width {width}, this one has {model.config.hidden_size}"
-    )
-
-
-def traced(model: Any, sites: tuple[Site, ...] | None) -> tuple[Site, ...]:
-  """The sites given, or those of a call with token ids."""
-  return sites_of(model, jax.ShapeDtypeStruct((1, 2), jnp.int32)) if sites is None else sites
+from pelt_jax.nodes import FusedLora, Gated, Normalized, Tuned
 
 
 def load_adapter(
@@ -73,7 +42,7 @@ def load_adapter(
   raw = read_json(file, "name", "config")
   check_base(raw, file, model)
   configs = read_configs(raw, file, strict)
-  reader = _Reader(Tensors(folder, ADAPTER), model, traced(model, sites), str(raw["name"]), file)
+  reader = _Adapter(Tensors(folder, ADAPTER), model, traced(model, sites), str(raw["name"]), file)
   params = dict(base)
   for config in configs:
     params = reader.add(params, config)
@@ -82,29 +51,8 @@ def load_adapter(
   return params
 
 
-_LORAS = (LoraWeight, FusedLora)
-
-
-class _Reader:
+class _Adapter(Reader):
   """Adds methods to params and fills them with a file's tensors."""
-
-  def __init__(
-    self, tensors: Tensors, model: Any, sites: tuple[Site, ...], name: str, file: pathlib.Path
-  ):
-    self.tensors, self.model, self.sites, self.name, self.file = tensors, model, sites, name, file
-    self.family = family(model)
-    for old, new in _OLD_NAMES.items():
-      tensors.values = {k.replace(old, new): v for k, v in tensors.values.items()}
-    tensors.left = set(tensors.values)
-    trunk = f"{self.family.trunk}."
-    self.trunk = trunk if any(k.startswith(trunk) for k in tensors.values) else ""
-    self.dtype = tensors.dtype
-
-  def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    return self.tensors.read(self.trunk + name, shape)
-
-  def has(self, name: str) -> bool:
-    return self.trunk + name in self.tensors.values
 
   def add(self, params: dict, config: Config) -> dict:
     """Params with one more method."""
@@ -120,27 +68,6 @@ class _Reader:
     if isinstance(config, PrefixConfig):
       return self._add_prefixes(params, config, sites)
     return self._add_loras(params, config, sites)
-
-  def _stacked(self, path: str, one: Callable[[Any], np.ndarray]) -> jax.Array:
-    """One array per layer, stacked if a scan does."""
-    layers = layers_of(self.model, path)
-    arrays = [one(layer) for layer in layers]
-    if layers[0].index is None:
-      return jnp.asarray(arrays[0])
-    if len({a.shape for a in arrays}) > 1:
-      raise ValueError(
-        f"{self.file}: layers have other shapes, {sorted({a.shape for a in arrays})}, but a scan "
-        f"stacks them at {path!r}; load the model with scan=False"
-      )
-    return jnp.asarray(np.stack(arrays))
-
-  def _gate(
-    self, path: str, name: Callable[[Any], str], width: int, stacked: int, gates: int = 1
-  ) -> MeanGate:
-    """AdapterHub's gates are means over all tokens, padding too."""
-    kernel = self._stacked(path, lambda at: self.read(f"{name(at)}.weight", (gates, width)).T)
-    bias = self._stacked(path, lambda at: self.read(f"{name(at)}.bias", (gates,)))
-    return MeanGate(kernel, bias, mask=None, pool="mean", group="trainable", stacked=stacked)
 
   def _add_bottlenecks(
     self, params: dict, config: BottleneckConfig, sites: tuple[Site, ...]
@@ -163,18 +90,7 @@ class _Reader:
       targets=targets,
       dtype=self.dtype,
     )
-    return self._filled(params, method, sites, lambda p, n: self._bottleneck(p, n, config))
-
-  def _filled(self, params: dict, method: Any, sites: tuple[Site, ...], fill: Callable) -> dict:
-    """The method's params, its nodes as `fill(path, node)` makes them."""
-    old, new = dict(walk(params)), method.init(jax.random.key(0), params, sites)
-    changes = {}
-    for path, value in walk(new):
-      inner = value.base if isinstance(value, Guard) else value
-      if value is old.get(path) or (inner is not value and not isinstance(inner, _LORAS)):
-        continue
-      changes[path] = fill(path, value)
-    return update_at(new, changes)
+    return self.filled(params, method, sites, lambda p, n: self._bottleneck(p, n, config))
 
   def _bottleneck(self, path: str, node: Any, config: BottleneckConfig) -> Any:
     path = path.removesuffix(BYPASS).rstrip("/")
@@ -191,7 +107,7 @@ class _Reader:
         value = self.read(f"{at(layer)}.{name}", shape(m))
         return value.T if transpose else value
 
-      return self._stacked(path, one)
+      return self.stacked(path, one)
 
     branch = node.branch
     inner = branch.branch if isinstance(branch, Normalized) else branch
@@ -214,7 +130,7 @@ class _Reader:
         branch=made,
       )
     if config.gated:
-      gate = self._gate(path, lambda layer: f"{at(layer)}.gate", width, stacked)
+      gate = self.gate(path, lambda layer: f"{at(layer)}.gate", width, stacked)
       made = Gated(gate, made, group=node.group, stacked=stacked)
     return node.replace(branch=made)
 
@@ -230,7 +146,7 @@ class _Reader:
     at = f"prefix_tuning.prefix_tunings.{self.name}.self_prefix"
     if not any(k.startswith(f"{self.trunk}{at}") for k in self.tensors.values):
       at = f"{name.format(0)}.pool.prefix_tunings.{self.name}.self_prefix"
-    common = dict(dropout=config.dropout, shift_positions=False, dtype=self.dtype)
+    common: dict[str, Any] = dict(dropout=config.dropout, shift_positions=False, dtype=self.dtype)
     if config.hidden is None:
       table = self.read(f"{at}.control_trans", (config.length * out,))
       table = table.reshape(config.length, layers, 2, heads, size)
@@ -258,24 +174,9 @@ class _Reader:
         return node
       place = path.removesuffix(f"/{BYPASS}")
       gate = lambda layer: f"{name.format(_number(layer.path))}.prefix_gates.{self.name}"
-      return node.replace(gate=self._gate(place, gate, width, node.stacked))
+      return node.replace(gate=self.gate(place, gate, width, node.stacked))
 
-    return self._filled(params, method, sites, fill)
-
-  def drop_copies(self) -> None:
-    """Ticks off tensors that torch holds twice: a prefix in every layer, a norm in its sequence."""
-    values = self.tensors.values
-    for key in sorted(self.tensors.left):
-      _, pool, rest = key.partition(".pool.")
-      twin = f"{self.trunk}prefix_tuning.{rest}" if pool else key
-      if twin not in values and pool:
-        found = [k for k in values if k.endswith(f".pool.{rest}") and k not in self.tensors.left]
-        twin = next(iter(found), key)
-      twin = twin.replace(".adapter_down.0.", ".adapter_norm_before.")
-      if twin != key and twin in values:
-        if not np.array_equal(values[key], values[twin]):
-          raise ValueError(f"{self.tensors.file} is damaged: {key} and {twin}, one tensor, differ")
-        self.tensors.left.discard(key)
+    return self.filled(params, method, sites, fill)
 
   def _add_loras(self, params: dict, config: LoraConfig, sites: tuple[Site, ...]) -> dict:
     table = self.family.loras
@@ -285,20 +186,20 @@ class _Reader:
       )
     fused = self.model.config.model_type == "gpt2"
     letters = [t for t in config.targets if t in "qkv"]
-    common = dict(dropout=config.dropout, dtype=self.dtype)
+    common: dict[str, Any] = dict(dropout=config.dropout, dtype=self.dtype)
     fill = lambda path, value: over(value, lambda n: self._lora(path, n, config))
     alone = tuple(table[t] for t in config.targets if not fused or t not in letters)
     if fused and letters:
       chosen = tuple(i for i, letter in enumerate("qkv") if letter in letters)
       method = lora(config.rank, config.alpha, targets="query", fused=(chosen, 3), **common)
-      params = self._filled(params, method, sites, fill)
+      params = self.filled(params, method, sites, fill)
     if alone:
       method = lora(config.rank, config.alpha, targets=alone, **common)
-      params = self._filled(params, method, sites, fill)
+      params = self.filled(params, method, sites, fill)
     return params
 
   def _lora(self, path: str, node: Any, config: LoraConfig) -> Weight:
-    assert isinstance(node, _LORAS)
+    assert isinstance(node, LORAS)
     at = lambda layer: f"{torch_name(layer.path).removesuffix('.weight')}.loras.{self.name}"
     r, g = config.rank, len(node.chosen) if isinstance(node, FusedLora) else 1
     n_in, n_out = node.array("a").shape[-2], node.array("b").shape[-1]
@@ -312,19 +213,14 @@ class _Reader:
       return value.reshape(g, n_out, r).swapaxes(1, 2) if isinstance(node, FusedLora) else value.T
 
     node = node.replace(
-      a=_boxed(node.a, self._stacked(path, a)), b=_boxed(node.b, self._stacked(path, b))
+      a=boxed(node.a, self.stacked(path, a)), b=boxed(node.b, self.stacked(path, b))
     )
     if not config.gated:
       return node
-    gate = self._gate(path, lambda layer: f"{at(layer)}.gate", n_in, node.stacked, g)
+    gate = self.gate(path, lambda layer: f"{at(layer)}.gate", n_in, node.stacked, g)
     return node.replace(scaling=gate)
 
 
 def _number(path: str) -> str:
   """A layer's number in its own stack."""
   return next(part for part in path.split("/") if part.isdigit())
-
-
-def _boxed(old: Any, value: jax.Array) -> Any:
-  """The value in the box that the old one has, if any."""
-  return old.replace(value=value) if meta.is_axis_metadata(old) else value

@@ -1,4 +1,4 @@
-"""What the writers of AdapterHub's files share: tensors, problems, gates."""
+"""What the writers of AdapterHub's files share: tensors, problems, gates, configurations."""
 
 from collections.abc import Collection
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from pelt_jax._node import strip
-from pelt_jax.interop._hub_names import count_layers
+from pelt_jax.interop._hub_config import WRITTEN, Config, LoraConfig, PrefixConfig
+from pelt_jax.interop._hub_names import LOCATIONS, count_layers
 from pelt_jax.nodes import MeanGate
 
 
@@ -63,3 +64,57 @@ class Notes:
   def left(self, layers: Collection[int]) -> tuple[int, ...]:
     """The layers without an adapter."""
     return tuple(i for i in range(count_layers(self.model)) if i not in layers)
+
+
+def write_config(config: Config) -> dict[str, Any]:
+  """The fields that AdapterHub reads."""
+  leave_out = list(config.leave_out)
+  if isinstance(config, PrefixConfig):
+    return {
+      "architecture": "prefix_tuning",
+      "prefix_length": config.length,
+      "flat": config.hidden is None,
+      "bottleneck_size": config.hidden or 512,
+      "non_linearity": "tanh",
+      "dropout": config.dropout,
+      "use_gating": config.gated,
+      "shared_gating": True,
+      "encoder_prefix": True,
+      "cross_prefix": True,
+      "leave_out": leave_out,
+    }
+  if isinstance(config, LoraConfig):
+    letters = [t for t in config.targets if len(t) == 1]
+    return {
+      "architecture": "lora",
+      "selfattn_lora": bool(letters),
+      "intermediate_lora": "intermediate_lora" in config.targets,
+      "output_lora": "output_lora" in config.targets,
+      "attn_matrices": letters,
+      "r": config.rank,
+      "alpha": config.alpha,
+      "dropout": config.dropout,
+      "composition_mode": "add",
+      "use_gating": config.gated,
+      "leave_out": leave_out,
+    }
+  parallel = config.style == "parallel"
+  return {
+    **{name: name in config.locations for name in LOCATIONS},
+    "is_parallel": parallel,
+    "original_ln_before": config.style == "pfeiffer",
+    "original_ln_after": True,
+    "residual_before_ln": True,
+    "adapter_residual_before_ln": False,
+    "ln_before": config.norm,
+    "ln_after": False,
+    "non_linearity": WRITTEN[config.activation],
+    "reduction_factor": config.reduction,
+    "scaling": config.scaling,
+    "use_gating": config.gated,
+    "init_weights": "mam_adapter" if parallel else "bert",
+    "dropout": 0.0,
+    "phm_layer": False,
+    "inv_adapter": None,
+    "leave_out": leave_out,
+  }
