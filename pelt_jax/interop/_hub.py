@@ -85,7 +85,8 @@ def load(
     ...   dict(model_type="bert", vocab_size=11, **shape), task="encoder"
     ... )
     >>> ids = jnp.array([[1, 2, 3]])
-    >>> base = model.init(jax.random.key(0), ids)["params"]
+    >>> shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    >>> base = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     >>> method = pelt.adapter("pfeiffer", bottleneck=2)
     >>> params = method.init(jax.random.key(1), base, pelt.sites(model, ids))
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +192,8 @@ def export(
     ...   dict(model_type="bert", vocab_size=11, **shape), task="encoder"
     ... )
     >>> ids = jnp.array([[1, 2, 3]])
-    >>> base = model.init(jax.random.key(0), ids)["params"]
+    >>> shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    >>> base = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     >>> method = pelt.adapter("houlsby", bottleneck=2, train_norms=False)
     >>> params = method.init(jax.random.key(1), base, pelt.sites(model, ids))
     >>> with tempfile.TemporaryDirectory() as folder:

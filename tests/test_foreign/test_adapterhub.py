@@ -1,7 +1,7 @@
 """Against AdapterHub's `adapters`: outputs and gradients from the same arrays, in float64."""
 
+import functools
 import importlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 import pelt_jax as pelt
-from pelt_jax import models, nodes
-from pelt_jax._node import Chain
-from pelt_jax._walk import update_at, walk
+from pelt_jax import models
 from tests import support
 from tests.test_models.helpers import CONFIGS, SEQ2SEQ, close, tokens
 from tests.test_models.lifting import Lifted
@@ -101,74 +99,19 @@ def theirs(family, folder, add):
   return model
 
 
-# What a node's site is called there, by family.
-SITES = {
-  "bert": (
-    (r"encoder/layer/(\d+)/attention/output/dropout", r"encoder.layer.\1.attention.output"),
-    (r"encoder/layer/(\d+)/output/(?:dropout|LayerNorm)", r"encoder.layer.\1.output"),
-    (r"encoder/layer/(\d+)/attention/self/core", r"encoder.layer.\1.attention.self.prefix_tuning"),
-  ),
-  "gpt2": (
-    (r"h/(\d+)/attn", r"h.\1.attention_adapters"),
-    (r"h/(\d+)/mlp", r"h.\1.output_adapters"),
-    (r"h/(\d+)/attn/core", r"h.\1.attn.prefix_tuning"),
-  ),
-  "t5": ((r"(\w+)/block/(\d+)/layer/(\d)/dropout", r"\1.block.\2.layer.\3"),),
-}
+def read(save, folder, module, base, sites):
+  """Params with what `save(folder)` writes."""
+  save(str(folder))
+  return pelt.interop.adapterhub.load(folder, module, base, head=False, sites=sites)
 
 
-def name_of(family, path):
-  for pattern, name in SITES[family]:
-    if re.fullmatch(pattern, path):
-      return re.sub(pattern, name, path)
-  return path.removesuffix("/kernel").replace("/", ".")  # a LoRA's weight
-
-
-def same(family, node, path, get):
-  """The node with their arrays; `get(name)` is a parameter or its gradient."""
-  site = name_of(family, path)
-  transposed = lambda name: get(name).T
-
-  def gate(old, prefix):
-    return old.replace(kernel=transposed(f"{prefix}.weight"), bias=get(f"{prefix}.bias"))
-
-  def branch(old):
-    at = f"{site}.adapters.x"
-    if isinstance(old, nodes.Gated):
-      return old.replace(gate=gate(old.gate, f"{at}.gate"), branch=branch(old.branch))
-    scaling = old.scaling
-    if isinstance(scaling, nodes.Tuned):
-      scaling = scaling.replace(value=get(f"{at}.scaling")[0])
-    return old.replace(
-      down=transposed(f"{at}.adapter_down.0.weight"),
-      down_bias=get(f"{at}.adapter_down.0.bias"),
-      up=transposed(f"{at}.adapter_up.weight"),
-      up_bias=get(f"{at}.adapter_up.bias"),
-      scaling=scaling,
-    )
-
-  if isinstance(node, Chain):
-    return node.replace(nodes=tuple(same(family, n, path, get) for n in node.nodes))
-  if isinstance(node, nodes.Prefix):
-    layer = int(re.search(r"/(\d+)/", path)[1])
-    layers = CONFIGS[family].get("num_hidden_layers") or CONFIGS[family]["n_layer"]
-    first = site.replace(f".{layer}.", ".0.")
-    table = get(f"{first}.pool.prefix_tunings.x.self_prefix.control_trans")
-    table = table.reshape(LENGTH, 2 * layers, *node.keys.shape[-2:])
-    new = node.replace(keys=table[:, 2 * layer], values=table[:, 2 * layer + 1])
-    if isinstance(node.gate, nodes.MeanGate):
-      new = new.replace(gate=gate(node.gate, f"{site}.prefix_gates.x"))
-    return new
-  if isinstance(node, nodes.After | nodes.AroundNorm):
-    return node.replace(branch=branch(node.branch))
-  at = f"{site}.loras.x"
-  a, b = get(f"{at}.lora_A"), get(f"{at}.lora_B")
-  if isinstance(node, nodes.FusedLora):
-    a = np.moveaxis(a.reshape(2, RANK, -1), 1, 2)
-    b = np.moveaxis(b.reshape(2, -1, RANK), 1, 2)
-  else:
-    a, b = a.T, b.T
-  return node.replace(a=a, b=b, scaling=gate(node.scaling, f"{at}.gate"))
+def read_gradients(model, save, folder, module, base, sites):
+  """Their gradients as a tree of ours, by way of a file of them."""
+  with torch.no_grad():
+    for p in model.parameters():
+      if p.requires_grad:
+        p.copy_(p.grad)
+  return pelt.partition(read(save, folder, module, base, sites))[0]
 
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
@@ -180,7 +123,7 @@ def test_outputs_and_gradients(family, method, tmp_path, lifted):
     model.set_active_adapters("x")
     model.train_adapter("x")
 
-  model = theirs(family, tmp_path, add)
+  model = theirs(family, tmp_path / "base", add)
   ids = tokens(2, 7)
   cotangent = np.random.default_rng(0).normal(size=(2, 7, 97 if family == "t5" else 32))
   given = {"input_ids": torch.tensor(ids).long()}
@@ -189,29 +132,16 @@ def test_outputs_and_gradients(family, method, tmp_path, lifted):
   out = model(**given)
   out = out.logits if family == "t5" else out.last_hidden_state
   out.backward(torch.tensor(cotangent))
-  found = dict(model.named_parameters())
-  value = lambda name: found[name].detach().numpy()
-  gradient = lambda name: found[name].grad.numpy()
+  save = functools.partial(model.save_adapter, adapter_name="x")
 
   with jax.enable_x64(True):
     task = "seq2seq" if family == "t5" else "encoder"
-    module, base = models.from_pretrained(tmp_path, task=task, dtype="float64")
+    module, base = models.from_pretrained(tmp_path / "base", task=task, dtype="float64")
     kwargs = {"decoder_input_ids": jnp.asarray(ids)[:, ::-1]} if family == "t5" else {}
     sites = pelt.sites(module, ids, **kwargs)
-    params = make(family).init(jax.random.key(0), base, sites)
-
-    def theirs_in(tree, get):
-      changes = {}
-      for path, node in walk(tree):
-        if isinstance(node, nodes.Guard):
-          node = node.base
-        if isinstance(node, Chain | nodes.Prefix | nodes.After | nodes.AroundNorm):
-          changes[path] = same(family, node, path.removesuffix("/bypass"), get)
-        elif isinstance(node, nodes.LoraWeight | nodes.FusedLora):
-          changes[path] = same(family, node, path, get)
-      return update_at(tree, changes)
-
-    params = theirs_in(params, value)
+    params = read(save, tmp_path / "x", module, base, sites)
+    ours = make(family).init(jax.random.key(0), base, sites)
+    assert jax.tree.structure(params) == jax.tree.structure(ours)
     trainable, frozen = pelt.partition(params)
     apply = pelt.bypass(module.apply)
 
@@ -221,7 +151,7 @@ def test_outputs_and_gradients(family, method, tmp_path, lifted):
 
     (_, got), grads = jax.jit(pelt.value_and_grad(loss, has_aux=True))(trainable, frozen)
     close(got, out.detach().numpy(), 1e-9)
-    want, _ = pelt.partition(theirs_in(params, gradient))
+    want = read_gradients(model, save, tmp_path / "grads", module, base, sites)
     ours, theirs_ = jax.tree.leaves(grads), jax.tree.leaves(want)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert len(ours) == len(theirs_) and sum(g.size for g in ours) == trained
@@ -243,7 +173,7 @@ def test_fusion(family, tmp_path, lifted):
     model.add_adapter_fusion(fuse)
     model.set_active_adapters(fuse)
 
-  model = theirs(family, tmp_path, add)
+  model = theirs(family, tmp_path / "base", add)
   model.train_adapter_fusion(adapters.Fuse(*names))
   with torch.no_grad():
     for name, p in model.named_parameters():
@@ -255,33 +185,12 @@ def test_fusion(family, tmp_path, lifted):
   out = model(input_ids=torch.tensor(ids).long()).last_hidden_state
   out.backward(torch.tensor(cotangent))
   found = dict(model.named_parameters())
+  save = functools.partial(model.save_adapter_setup, adapter_setup=adapters.Fuse(*names))
 
   with jax.enable_x64(True):
-    module, base = models.from_pretrained(tmp_path, task="encoder", dtype="float64")
+    module, base = models.from_pretrained(tmp_path / "base", task="encoder", dtype="float64")
     sites = pelt.sites(module, ids)
-    single = pelt.adapter("pfeiffer").init(jax.random.key(0), base, sites)
-
-    def member(name):
-      get = lambda full: found[full.replace(".adapters.x.", f".adapters.{name}.")].detach().numpy()
-      placed = ((p, n) for p, n in walk(single) if isinstance(n, nodes.After | nodes.AroundNorm))
-      changes = {p: same(family, n, p.removesuffix("/bypass"), get) for p, n in placed}
-      return update_at(single, changes)
-
-    members = {name: member(name) for name in names}
-    params = pelt.adapter_fusion(members, regularization=0.0).init(jax.random.key(0), base, sites)
-
-    def theirs_in(tree, get):
-      changes = {}
-      for path, node in walk(tree):
-        if isinstance(node, nodes.After | nodes.AroundNorm):
-          site = name_of(family, path.removesuffix("/bypass"))
-          at = f"{site}.adapter_fusion_layer.{','.join(names)}"
-          fields = {n: get(f"{at}.{n}.weight").T for n in ("query", "key", "value")}
-          fields |= {f"{n}_bias": get(f"{at}.{n}.bias") for n in ("query", "key")}
-          changes[path] = node.replace(branch=node.branch.replace(**fields))
-      return update_at(tree, changes)
-
-    params = theirs_in(params, lambda name: found[name].detach().numpy())
+    params = read(save, tmp_path / "setup", module, base, sites)
     trainable, frozen = pelt.partition(params)
     apply = pelt.bypass(module.apply)
 
@@ -291,7 +200,7 @@ def test_fusion(family, tmp_path, lifted):
 
     (_, got), grads = jax.jit(pelt.value_and_grad(loss, has_aux=True))(trainable, frozen)
     close(got, out.detach().numpy(), 1e-9)
-    want, _ = pelt.partition(theirs_in(params, lambda name: found[name].grad.numpy()))
+    want = read_gradients(model, save, tmp_path / "grads", module, base, sites)
     ours, theirs_ = jax.tree.leaves(grads), jax.tree.leaves(want)
     assert sum(g.size for g in ours) == sum(p.numel() for p in found.values() if p.requires_grad)
     nothing = [np.abs(b).max() < 1e-12 for b in theirs_]

@@ -287,6 +287,7 @@ def test_params_that_cannot_be_written(bert, sites, tmp_path, method, match):
   assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parity
 def test_the_tap_of_parallel_adapters(gpt2, tmp_path):
   """Where a norm stands between, AdapterHub reads the stream; in BERT both are one."""
   gpt2_sites = pelt.sites(gpt2[0], hub.IDS)
@@ -313,6 +314,7 @@ def test_every_bottleneck_has_a_factor():
   assert _factor(768, 48) == 16
 
 
+@pytest.mark.parity
 def test_widths_by_layer_and_layers_left_out(bert, sites, tmp_path):
   model, base = bert
   params = made(bert, sites, pelt.adapter("pfeiffer", bottleneck={0: 5, 1: 3}))
@@ -429,6 +431,7 @@ def test_copies_of_one_tensor_must_agree(bert, sites, tmp_path):
     adapterhub.load(folder, *bert, sites=sites)
 
 
+@pytest.mark.parity
 def test_t5_has_no_prefixes(tmp_path):
   model, base = models.from_pretrained(hub.DATA / "t5" / "base", task="seq2seq")
   params = pelt.prefix_tuning(2, reparametrize=False).init(
