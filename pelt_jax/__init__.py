@@ -7,6 +7,7 @@ from pelt_jax import training as training
 from pelt_jax._linen import bypass as bypass
 from pelt_jax._linen_sites import sites as sites
 from pelt_jax._node import unbox as unbox
+from pelt_jax._parallel import parallel as parallel
 from pelt_jax._rules import rule as rule
 from pelt_jax._save import load as load
 from pelt_jax._save import save as save
@@ -38,6 +39,8 @@ from pelt_jax.methods._close_gates import prune_gates as prune_gates
 from pelt_jax.methods._design import DESIGNS as DESIGNS
 from pelt_jax.methods._design import Design as Design
 from pelt_jax.methods._design import design as design
+from pelt_jax.methods._composition import average as average
+from pelt_jax.methods._composition import stack as stack
 from pelt_jax.methods._lora import lora as lora
 from pelt_jax.methods._mam import mam as mam
 from pelt_jax.methods._p_tuning import p_tuning as p_tuning
@@ -48,6 +51,7 @@ from pelt_jax.methods._prefix_tuning import prefix_tuning as prefix_tuning
 from pelt_jax.methods._prompt_tuning import prompt_of as prompt_of
 from pelt_jax.methods._prompt_tuning import prompt_tuning as prompt_tuning
 from pelt_jax.methods._prompt_tuning import virtual_tokens as virtual_tokens
+from pelt_jax.methods._soup import soup as soup
 from pelt_jax.methods._train import full as full
 from pelt_jax.methods._train import train as train
 from pelt_jax.methods._unipelt import unipelt as unipelt

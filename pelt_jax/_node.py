@@ -296,6 +296,13 @@ class Branch(Node):
     """The branch's output for `x`."""
     raise NotImplementedError
 
+  def along(self, call: Any, read: Callable[[Any], jax.Array]) -> jax.Array:
+    """The output where `read(delta)` is what the placement reads once `delta` was added there.
+
+    `read(None)` is what it reads as it stands, which is all that a single branch asks for.
+    """
+    return self(call, read(None))
+
   def unmergeable(self) -> str | None:
     """Why it is no matrix, or None: then the one within tells."""
     inside = [v for _, v in self.children() if isinstance(v, Branch)]

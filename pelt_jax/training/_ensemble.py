@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pelt_jax._parallel import parallel
 from pelt_jax._tree import combine, partition
 from pelt_jax.nodes._bank import bank, members_of
 from pelt_jax.training._encoded import Encoded
@@ -82,21 +83,13 @@ def ensemble(apply: Callable, members: int, by: str = "majority") -> Callable:
 
   @functools.wraps(apply)
   def ask(variables: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    batch, found = inputs.shape[0], members_of(variables["params"])
+    found = members_of(variables["params"])
     if found != members:
       holds = "no bank" if found is None else f"a bank of {found}"
       raise ValueError(f"members={members}, but params hold {holds}: pass those of pelt.bank(...)")
     if "rows" in kwargs:
       raise ValueError("rows: an ensemble asks all members about every row, so leave rows out")
-
-    def repeated(x: Any) -> Any:
-      rows = getattr(x, "shape", ())[:1] == (batch,)
-      return jnp.concatenate([jnp.asarray(x)] * members) if rows else x
-
-    rows = np.repeat(np.arange(members, dtype=np.int32), batch)
-    others = {k: v if k == "rngs" else repeated(v) for k, v in kwargs.items()}
-    out = apply(variables, repeated(inputs), *map(repeated, args), rows=rows, **others)
-    return vote(out.reshape(members, batch, *out.shape[1:]), by)
+    return vote(parallel(apply)(variables, inputs, *args, **kwargs), by)
 
   return ask
 
