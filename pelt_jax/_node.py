@@ -17,7 +17,7 @@ labels, holes, shapes and partition specs.
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
