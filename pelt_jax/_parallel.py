@@ -37,7 +37,7 @@ def parallel(apply: Callable) -> Callable:
   """
 
   @functools.wraps(apply)
-  def run(variables: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> Any:
+  def run(variables: Any, inputs: jax.Array | np.ndarray, *args: Any, **kwargs: Any) -> Any:
     batch, members = inputs.shape[0], members_of(variables["params"])
     if members is None:
       raise ValueError("params hold no bank: pass those of pelt.bank(...)")
