@@ -99,9 +99,9 @@ class Both:
     """Our params of every adapter, with `get(parameter)` of theirs."""
 
     def member(name):
-      array = lambda full: get(
-        self.found[full.replace(".adapters.x.", f".adapters.{name}.")]
-      ).detach().numpy()
+      array = lambda full: (
+        get(self.found[full.replace(".adapters.x.", f".adapters.{name}.")]).detach().numpy()
+      )
       placed = (
         (p, n) for p, n in walk(self.single) if isinstance(n, nodes.After | nodes.AroundNorm)
       )
@@ -168,7 +168,7 @@ def test_what_theirs_gets_wrong(tmp_path, lifted):
   with jax.enable_x64(True):
     both = Both("bert", "houlsby", tmp_path / "houlsby")
     run = lambda block: both.run(block).detach().numpy()
-    # Of three equal adapters the average is that adapter; theirs is a third of sublayer and adapter.
+    # Of three equal adapters the average is that adapter; theirs is a third of it.
     assert far(run(composition.Average("one", "one", "one")), run("one"))
     equal = {n: both.members()["one"] for n in NAMES}
     close(both.ours(pelt.average(equal)), run("one"), 1e-9)
@@ -180,6 +180,8 @@ def test_what_theirs_gets_wrong(tmp_path, lifted):
     close(run(adapters.Stack(*NAMES)), run("three"), 1e-12)
     pair = both.ours(pelt.stack(members))
     assert far(run(adapters.Stack(*NAMES)), pair)
+    with pytest.raises(RuntimeError, match="must match"):  # rows of three batches beside one
+      run(adapters.Parallel(*NAMES))
     thirds = pelt.average(members, weights=dict.fromkeys(NAMES, 1.0), normalize=False)
     close(pair, both.ours(thirds), 1e-9)
 

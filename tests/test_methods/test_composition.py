@@ -10,9 +10,9 @@ import pytest
 import pelt_jax as pelt
 from pelt_jax import models, nodes, training
 from pelt_jax._transform import add_bypass
-from pelt_jax._walk import update_at, walk
+from pelt_jax._walk import get_at, update_at, walk
 from tests.test_methods.test_adapter import moved
-from tests.test_models.helpers import build, built, close, random_params, tokens
+from tests.test_models.helpers import built, close, tokens
 
 LONG = pytest.mark.parity
 D = 4
@@ -27,16 +27,15 @@ class Layer(nn.Module):
     return nn.LayerNorm(name="norm", param_dtype=jnp.float64, dtype=jnp.float64)(x + h)
 
 
-# Where a net sits, and what it reads of the input x, the sublayer's output h and the norm.
+# Where a net sits, and what it reads of the input x, the sublayer's output h, moved by d, and norm.
 PLACES = {
-  "after": ("ffn", nodes.After, {}, lambda x, h, norm: h),
-  "parallel": ("ffn", nodes.After, {"tap": "in"}, lambda x, h, norm: x),
-  "sum": ("ffn", nodes.After, {"tap": "in", "plus": True}, lambda x, h, norm: x + h),
-  "around": ("norm", nodes.AroundNorm, {}, lambda x, h, norm: norm(x + h)),
-  "before": ("norm", nodes.Before, {}, lambda x, h, norm: x + h),
-  "before, tapped": ("norm", nodes.Before, {"tap": "in"}, lambda x, h, norm: x + HIDDEN(x)),
+  "after": ("ffn", nodes.After, {}, lambda x, h, d, norm: h + d),
+  "parallel": ("ffn", nodes.After, {"tap": "in"}, lambda x, h, d, norm: x),
+  "sum": ("ffn", nodes.After, {"tap": "in", "plus": True}, lambda x, h, d, norm: x + h + d),
+  "around": ("norm", nodes.AroundNorm, {}, lambda x, h, d, norm: norm(x + h + d)),
+  "before": ("norm", nodes.Before, {}, lambda x, h, d, norm: x + h + d),
+  "before, tapped": ("norm", nodes.Before, {"tap": "in"}, lambda x, h, d, norm: x + h),
 }
-HIDDEN = None  # the sublayer alone, set by the test
 
 
 @pytest.fixture
@@ -70,22 +69,16 @@ def at(place, model, base, x, net):
 
 
 def by_hand(place, base, x, compose):
-  """The layer where `compose(read)` is what the nets add; `read(d)` what they read by then."""
-  base = jax.tree.map(np.asarray, base)
-  x = np.asarray(x)
-  sublayer = lambda x: x @ base["ffn"]["kernel"] + base["ffn"]["bias"]
+  """The layer where `compose(read)` is what the nets add, `read(d)` what they read by then."""
+  base, x = jax.tree.map(np.asarray, base), np.asarray(x)
 
   def norm(s):
     apart = s - s.mean(-1, keepdims=True)
     scale, bias = base["norm"]["scale"], base["norm"]["bias"]
     return apart / np.sqrt((apart**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
 
-  h = sublayer(x)
-  if place == "before, tapped":
-    read = lambda d: x + h
-  else:
-    read = lambda d: PLACES[place][3](x, h + d, norm)
-  return norm(x + h + compose(read))
+  h = x @ base["ffn"]["kernel"] + base["ffn"]["bias"]
+  return norm(x + h + compose(lambda d: PLACES[place][3](x, h, d, norm)))
 
 
 @pytest.mark.parametrize("place", list(PLACES))
@@ -121,11 +114,26 @@ def test_formulas_and_nesting(place, float64):
   assert same == (place in ("parallel", "before, tapped"))
 
 
-def tasks(name="bert", style="pfeiffer", task="encoder", count=3, scan=True, **options):
+def test_members_drop_apart(float64):
+  model, base, x, nets, _ = layer()
+  apply = pelt.bypass(model.apply)
+  run = lambda p: apply({"params": p}, x, train_nodes=True, rngs={"dropout": jax.random.key(0)})
+  net = nets["a"].replace(dropout=nodes.Dropout(jnp.asarray(0.5)), up=100 * nets["a"].up)
+  for place in ("parallel", "around"):
+    one = at(place, model, base, x, net)
+    twice = pelt.average({"one": one, "same": one})
+    assert np.abs(run(twice) - run(one)).max() > 1e-2
+    two = pelt.stack({"one": one, "same": one})
+    three = pelt.average({"one": one, "same": one}, weights=dict(one=1, same=1), normalize=False)
+    assert (
+      np.abs(run(two) - run(at(place, model, base, x, net.replace(up=2 * net.up)))).max() > 1e-2
+    )
+    assert place != "parallel" or np.abs(run(two) - run(three)).max() < 1e-9
+
+
+def tasks(name="bert", style="pfeiffer", task="encoder", count=3, **options):
   """A tiny model and adapters of several tasks, with heads where the model has one."""
   model, base = built(name, task)
-  if not scan:
-    model, base = model.clone(scan=False), models.to_looped(base, model)
   sites = pelt.sites(model, tokens(2, 6))
   options = {"bottleneck": 5, "train_norms": False} | options
   method = pelt.adapter(style, **options)
@@ -135,12 +143,13 @@ def tasks(name="bert", style="pfeiffer", task="encoder", count=3, scan=True, **o
   return model, base, sites, dict(zip(("sst2", "trec", "wnut"), made, strict=False))
 
 
-@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=LONG)])
+@LONG
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_of_one_and_of_equals(name):
   model, base, _, some = tasks(name)
   apply, ids, one = jax.jit(pelt.bypass(model.apply)), tokens(2, 6), some["sst2"]
   want, plain = apply({"params": one}, ids), model.apply({"params": base}, ids)
-  equal = {n: one for n in some}
+  equal = dict.fromkeys(some, one)
   nothing = dict(zip(some, (1.0, -2.0, 1.0), strict=True))
   for params in (pelt.stack({"a": one}), pelt.soup(equal), pelt.average(equal)):
     close(apply({"params": params}, ids), want, 2e-6)
@@ -152,7 +161,7 @@ def test_of_one_and_of_equals(name):
 
 def test_soup_of_parameters():
   """Arrays of the adapters and heads by hand; a head chosen; LoRAs; fixed numbers stay."""
-  model, base, sites, some = tasks(style="scaled_parallel", task="classification")
+  _, base, sites, some = tasks(style="scaled_parallel", task="classification")
   weights = {"sst2": 2.0, "trec": -1.0, "wnut": 3.0}
   params = pelt.soup(some, weights=weights)
   assert jax.tree.structure(params) == jax.tree.structure(some["sst2"])
@@ -168,19 +177,17 @@ def test_soup_of_parameters():
   np.testing.assert_array_equal(kernel(chosen), kernel(some["trec"]))
   lora = pelt.lora(2, targets="query").init(jax.random.key(0), base, sites)
   lora = {n: moved(lora, s) for n, s in (("a", 0.1), ("b", 0.3))}
-  at_query = [get(p) for p in (pelt.soup(lora), *lora.values())] if (get := query) else []
-  close(at_query[0].a, (at_query[1].a + at_query[2].a) / 2, 1e-6)
+  factor = lambda p: next(n.a for _, n in walk(p) if isinstance(n, nodes.LoraWeight))
+  close(factor(pelt.soup(lora)), (factor(lora["a"]) + factor(lora["b"])) / 2, 1e-6)
 
 
-def query(params):
-  return next(n for _, n in walk(params) if isinstance(n, nodes.LoraWeight))
-
-
+@LONG
 def test_scanned_looped_saved_and_refused_by_merge(tmp_path):
   model, base, _, some = tasks()
   weights = {"mean": 2.0, "sst2": -1.0}
   mean = pelt.average({n: some[n] for n in ("trec", "wnut")})
-  params = pelt.stack(some | {"more": pelt.average({"mean": mean, "sst2": some["sst2"]}, weights=weights)})
+  more = pelt.average({"mean": mean, "sst2": some["sst2"]}, weights=weights)
+  params = pelt.stack(some | {"more": more})
   apply, ids = jax.jit(pelt.bypass(model.apply)), tokens(2, 6)
   want = apply({"params": params}, ids)
   looped = pelt.bypass(model.clone(scan=False).apply)
@@ -194,6 +201,7 @@ def test_scanned_looped_saved_and_refused_by_merge(tmp_path):
     model.apply({"params": params}, ids)
 
 
+@LONG
 def test_weights_are_numbers_of_the_program():
   """Other weights take the same program; traced ones may be searched by their gradient."""
   model, _, _, some = tasks(count=2)
@@ -244,6 +252,7 @@ def test_heads_are_chosen_and_adapters_train_by_name():
   assert np.abs(after.branches[1].down - before.branches[1].down).max() > 1e-3
 
 
+@LONG
 def test_a_stack_may_lack_layers():
   """As MAD-X leaves the language out of the last layer."""
   model, base = built("bert", "encoder")
@@ -253,16 +262,93 @@ def test_a_stack_may_lack_layers():
   made = lambda key, layers: moved(
     pelt.adapter("pfeiffer", bottleneck=5, layers=layers).init(jax.random.key(key), base, sites)
   )
-  low, high, all_ = made(1, (0, 1)), made(2, (2,)), made(1, (0, 1, 2))
-  node = lambda p, i: p["encoder"]["layer"][str(i)]["output"]["LayerNorm"]["bypass"]
-  apply = jax.jit(pelt.bypass(looped.apply))
+  low, high, every = made(1, (0, 1)), made(2, (1, 2)), made(3, (0, 1, 2))
+  paths = [f"encoder/layer/{i}/output/LayerNorm/bypass" for i in range(3)]
   params = pelt.stack({"low": low, "high": high})
-  assert [type(node(params, i).branch) for i in range(3)] == [nodes.Bottleneck] * 3
-  path = "encoder/layer/2/output/LayerNorm/bypass"
-  want = update_at(all_, {f"encoder/layer/{i}/output/LayerNorm/bypass": node(low, i) for i in (0, 1)})
-  want = update_at(want, {path: node(high, 2)})
-  close(apply({"params": params}, ids), apply({"params": want}, ids), 2e-6)
-  both = pelt.stack({"all": all_, "high": high})
-  assert [type(node(both, i).branch).__name__ for i in range(3)] == ["Bottleneck"] * 2 + ["Series"]
-  with pytest.raises(ValueError, match="are at different places.*average adapters of one placement"):
-    pelt.average({"all": all_, "high": high})
+  branches = [get_at(params, path).branch for path in paths]
+  assert [type(b).__name__ for b in branches] == ["Bottleneck", "Series", "Bottleneck"]
+  alone = [get_at(p, paths[i]) for i, p in enumerate((low, params, high))]
+  want = update_at(every, dict(zip(paths, alone, strict=True)))
+  apply = pelt.bypass(looped.apply)
+  np.testing.assert_array_equal(apply({"params": params}, ids), apply({"params": want}, ids))
+  with pytest.raises(ValueError, match=r"different places.*average adapters of one placement"):
+    pelt.average({"every": every, "high": high})
+
+
+def test_what_cannot_be_composed_is_named():
+  _, base, sites, some = tasks(count=2)
+  init = lambda method, seed=0: method.init(jax.random.key(seed), base, sites)
+  pfeiffer = pelt.adapter("pfeiffer", bottleneck=5)
+  other_model, other_base = built("llama", "encoder")
+  elsewhere = pfeiffer.init(jax.random.key(0), other_base, pelt.sites(other_model, tokens(2, 6)))
+  moved_base = jax.tree.map(lambda x: x + 1, base)
+  others = {
+    "no adapter": (base, "holds no adapter"),
+    "a prefix": (init(pelt.prefix_tuning(2)), "holds a Prefix"),
+    "lora": (init(pelt.chain(pfeiffer, pelt.lora(2, targets="query"))), "holds a LoraWeight"),
+    "placement": (init(pelt.adapter("parallel", bottleneck=5)), "at different places"),
+    "model": (elsewhere, "at different places"),
+    "base": (
+      pfeiffer.init(jax.random.key(0), moved_base, sites),
+      "have other values at .* of the base",
+    ),
+  }
+  for compose in (pelt.stack, pelt.average):
+    for other, match in others.values():
+      with pytest.raises(ValueError, match=match):
+        compose(some | {"wnut": other})
+    for options, match in (
+      ({"head": "mnli"}, r"head='mnli' is none of the adapters \['sst2', 'trec'\]"),
+      ({"train": ("sst2", "mnli")}, "train='mnli' is none of"),
+    ):
+      with pytest.raises(ValueError, match=match):
+        compose(some, **options)
+  for compose in (pelt.stack, pelt.average, pelt.soup):
+    with pytest.raises(ValueError, match="adapters is empty"):
+      compose({})
+  # At one place, but another tap.
+  llama = pelt.sites(other_model, tokens(2, 6))
+  tapped = pelt.adapter("parallel", bottleneck=5, tap="residual")
+  tapped = tapped.init(jax.random.key(0), other_base, llama)
+  with pytest.raises(ValueError, match="are placed differently at 'layers/mlp'"):
+    pelt.stack({"a": elsewhere, "b": tapped})
+  for weights, match in (
+    ({"sst2": 1.0}, r"which differ in \['trec'\]"),
+    ({"sst2": 1.0, "trec": 1.0, "mnli": 1.0}, r"which differ in \['mnli'\]"),
+    ({"sst2": 1.0, "trec": float("nan")}, r"weights\['trec'\] must be a finite number"),
+    ({"sst2": 1.0, "trec": "2"}, r"weights\['trec'\] must be a finite number"),
+    ({"sst2": 1.0, "trec": -1.0}, "sum to 0, so they cannot be divided by their sum"),
+  ):
+    for compose in (pelt.average, pelt.soup):
+      with pytest.raises(ValueError, match=match):
+        compose(some, weights=weights)
+  wide = init(pelt.adapter("pfeiffer", bottleneck=4))
+  heads = pelt.chain(pfeiffer, pelt.train("embeddings/LayerNorm"))
+  tuned = {n: init(heads, i) for i, n in enumerate("ab")}
+  scaled = {
+    n: init(pelt.adapter("parallel", bottleneck=5, scaling=s)) for n, s in (("a", 1.0), ("b", 2.0))
+  }
+  for members, options, match in (
+    (some | {"wide": wide}, {}, "the adapters 'sst2' and 'wide' have other widths"),
+    ({"a": base, "b": base}, {}, "holds nothing that a method added"),
+    (some | {"b": tuned["b"]}, {}, "placed or built differently"),
+    (tuned, {"weights": {"a": 1, "b": 1}, "normalize": False}, "do not sum to 1"),
+    (scaled, {}, "have other fixed numbers at .*scaling"),
+    (some | {"model": elsewhere}, {}, "are at different places"),
+    (some | {"base": others["base"][0]}, {}, "other values at"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      pelt.soup(members, **options)
+
+
+@LONG
+def test_a_stack_in_a_fusion_is_refused():
+  """Its second adapter would have to read what a fusion cannot tell it."""
+  model, base, sites, some = tasks(count=2)
+  pair = pelt.stack(some)
+  params = pelt.adapter_fusion({"a": pair, "b": pair}).init(jax.random.key(0), base, sites)
+  with pytest.raises(ValueError, match="lies inside a branch that cannot tell it"):
+    pelt.bypass(model.apply)({"params": params}, tokens(2, 6))
+  fused = pelt.adapter_fusion(some).init(jax.random.key(0), base, sites)
+  both = pelt.stack({"first": some["sst2"], "fused": fused})
+  assert np.isfinite(pelt.bypass(model.apply)({"params": both}, tokens(2, 6))).all()
