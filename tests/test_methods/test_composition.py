@@ -159,6 +159,9 @@ def test_of_one_and_of_equals(name):
   close(apply({"params": alone}, ids), apply({"params": some["wnut"]}, ids), 2e-6)
 
 
+base_of = lambda params: pelt.partition(params, extra=True)[2]
+
+
 def test_soup_of_parameters():
   """Arrays of the adapters and heads by hand; a head chosen; LoRAs; fixed numbers stay."""
   _, base, sites, some = tasks(style="scaled_parallel", task="classification")
@@ -170,6 +173,8 @@ def test_soup_of_parameters():
     parts = [dict(jax.tree_util.tree_leaves_with_path(p))[path] for p in some.values()]
     want = sum(w * np.asarray(x, np.float64) for w, x in zip(shares, parts, strict=True))
     close(leaf, want, 1e-6)
+  for leaf, want in zip(*map(jax.tree.leaves, map(base_of, (params, some["sst2"]))), strict=True):
+    np.testing.assert_array_equal(leaf, want)
   scaling = next(n.branch.scaling for _, n in walk(params) if isinstance(n, nodes.After))
   np.testing.assert_array_equal(scaling, 4.0)
   chosen = pelt.soup(some, weights=weights, normalize=False, head="trec")
@@ -222,8 +227,12 @@ def test_weights_are_numbers_of_the_program():
   assert apply._cache_size() == 1
 
 
+def branch(params):
+  return next(n.branch for _, n in walk(params) if isinstance(n, nodes.AroundNorm))
+
+
 def test_heads_are_chosen_and_adapters_train_by_name():
-  model, base, sites, some = tasks(task="classification")
+  _, base, sites, some = tasks(task="classification")
   with pytest.raises(ValueError, match=r"all trained leaves of the model itself.*head='sst2'"):
     pelt.stack(some)
   params = pelt.average(some, head="trec", train=("trec",))
@@ -241,12 +250,20 @@ def test_heads_are_chosen_and_adapters_train_by_name():
   language = pelt.adapter("pfeiffer", bottleneck=3).init(jax.random.key(9), base, sites)
   params = pelt.stack({"language": language, "task": some["wnut"]}, train="task")
   assert pelt.count(params, sites).head == 32 * 5 + 5
+  labels = [set(jax.tree.leaves(pelt.labels(b))) for b in branch(params).branches]
+  assert labels == [{"frozen"}, {"trainable"}]
+
+
+@LONG
+def test_training_moves_what_it_should():
+  model, base, sites, some = tasks(task="classification")
+  language = pelt.adapter("pfeiffer", bottleneck=3).init(jax.random.key(9), base, sites)
+  params = pelt.stack({"language": language, "task": some["wnut"]}, train="task")
   loss = lambda apply, params, batch, key: jnp.mean(apply({"params": params}, batch["ids"]) ** 2)
   train = training.train_step(pelt.bypass(model.apply), loss, optax.adam(1e-2))
   trainable, rest, state = train.init(params)
   step = jax.jit(train.step)
   new, _, _ = step(trainable, rest, state, {"ids": tokens(2, 6)}, jax.random.key(0))
-  branch = lambda p: next(n.branch for _, n in walk(p) if isinstance(n, nodes.AroundNorm))
   before, after = branch(params), branch(pelt.combine(new, rest))
   np.testing.assert_array_equal(after.branches[0].down, before.branches[0].down)
   assert np.abs(after.branches[1].down - before.branches[1].down).max() > 1e-3
