@@ -36,11 +36,11 @@ from pelt_jax.methods._bitfit import bitfit as bitfit
 from pelt_jax.methods._close_gates import close_gates as close_gates
 from pelt_jax.methods._close_gates import closed_gates as closed_gates
 from pelt_jax.methods._close_gates import prune_gates as prune_gates
+from pelt_jax.methods._composition import average as average
+from pelt_jax.methods._composition import stack as stack
 from pelt_jax.methods._design import DESIGNS as DESIGNS
 from pelt_jax.methods._design import Design as Design
 from pelt_jax.methods._design import design as design
-from pelt_jax.methods._composition import average as average
-from pelt_jax.methods._composition import stack as stack
 from pelt_jax.methods._lora import lora as lora
 from pelt_jax.methods._mam import mam as mam
 from pelt_jax.methods._p_tuning import p_tuning as p_tuning

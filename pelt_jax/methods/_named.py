@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pelt_jax._node import Bypass, Chain, Node, Weight, is_node
+from pelt_jax._node import Bypass, Node, Weight, is_node
 from pelt_jax._tree import fold
 from pelt_jax._walk import walk
 from pelt_jax.nodes import Guard
@@ -29,10 +29,12 @@ def places_of(adapters: Mapping[str, dict]) -> dict[str, dict[str, Any]]:
 def _places(name: str, params: dict) -> dict[str, Any]:
   found = {}
   for path, value in walk(fold(params)):
-    if isinstance(value, Chain) or (isinstance(value, Bypass) and not hasattr(value, "branch")):
+    if not isinstance(value, Bypass):
+      continue
+    alone = hasattr(value, "branch") and not jax.tree.leaves(value.replace(branch=None))
+    if not alone:  # a placement's own arrays, such as a gate, are no branch's
       raise ValueError(f"adapters[{name!r}] holds a {type(value).__name__} at {path!r}, no adapter")
-    if isinstance(value, Bypass):
-      found[path.removesuffix("bypass").removesuffix("/")] = value
+    found[path.removesuffix("bypass").removesuffix("/")] = value
   if not found:
     raise ValueError(f"adapters[{name!r}] holds no adapter, such as pelt.adapter adds")
   return found

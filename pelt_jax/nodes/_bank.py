@@ -224,7 +224,7 @@ def _banked(branch: Branch) -> Branch:
   """A branch with a member axis in a `Bank`; of composed ones, what they are composed of."""
   if not isinstance(branch, Composed):
     return Bank(branch, group=branch.group, stacked=branch.stacked)
-  changes = {}
+  changes = {"banked": True} if "banked" in branch.kinds else {}
   return branch.replace(branches=tuple(map(_banked, branch.branches)), **changes)
 
 

@@ -292,6 +292,13 @@ def test_a_stack_may_lack_layers():
     pelt.average({"every": every, "high": high})
 
 
+def gated(params):
+  """Params whose placement has an array beside its branch."""
+  path, node = next((p, n) for p, n in walk(params) if isinstance(n, nodes.AroundNorm))
+  gate = nodes.MeanGate(jnp.zeros((3, 32, 1)), jnp.zeros((3, 1)), stacked=1)
+  return update_at(params, {path: nodes.Mixed(gate=gate, branch=node.branch, stacked=1)})
+
+
 def test_what_cannot_be_composed_is_named():
   _, base, sites, some = tasks(count=2)
   init = lambda method, seed=0: method.init(jax.random.key(seed), base, sites)
@@ -302,6 +309,7 @@ def test_what_cannot_be_composed_is_named():
   others = {
     "no adapter": (base, "holds no adapter"),
     "a prefix": (init(pelt.prefix_tuning(2)), "holds a Prefix"),
+    "a gate of its own": (gated(some["sst2"]), "holds a Mixed"),
     "lora": (init(pelt.chain(pfeiffer, pelt.lora(2, targets="query"))), "holds a LoraWeight"),
     "placement": (init(pelt.adapter("parallel", bottleneck=5)), "at different places"),
     "model": (elsewhere, "at different places"),
