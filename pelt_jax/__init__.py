@@ -7,6 +7,7 @@ from pelt_jax import training as training
 from pelt_jax._linen import bypass as bypass
 from pelt_jax._linen_sites import sites as sites
 from pelt_jax._node import unbox as unbox
+from pelt_jax._parallel import parallel as parallel
 from pelt_jax._rules import rule as rule
 from pelt_jax._save import load as load
 from pelt_jax._save import save as save
@@ -33,6 +34,10 @@ from pelt_jax.methods._adapter_drop import drop_to as drop_to
 from pelt_jax.methods._adapter_fusion import adapter_fusion as adapter_fusion
 from pelt_jax.methods._bitfit import bitfit as bitfit
 from pelt_jax.methods._close_gates import close_gates as close_gates
+from pelt_jax.methods._close_gates import closed_gates as closed_gates
+from pelt_jax.methods._close_gates import prune_gates as prune_gates
+from pelt_jax.methods._composition import average as average
+from pelt_jax.methods._composition import stack as stack
 from pelt_jax.methods._design import DESIGNS as DESIGNS
 from pelt_jax.methods._design import Design as Design
 from pelt_jax.methods._design import design as design
@@ -53,6 +58,7 @@ from pelt_jax.methods._prune_fusion import prune_fusion as prune_fusion
 from pelt_jax.methods._prune_gates import closed_gates as closed_gates
 from pelt_jax.methods._prune_gates import prune_gates as prune_gates
 from pelt_jax.methods._share_trunk import share_trunk as share_trunk
+from pelt_jax.methods._soup import soup as soup
 from pelt_jax.methods._train import full as full
 from pelt_jax.methods._train import train as train
 from pelt_jax.methods._unipelt import unipelt as unipelt

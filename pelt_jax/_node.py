@@ -17,7 +17,7 @@ labels, holes, shapes and partition specs.
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
@@ -295,6 +295,13 @@ class Branch(Node):
   def __call__(self, call: Any, x: jax.Array) -> jax.Array:
     """The branch's output for `x`."""
     raise NotImplementedError
+
+  def along(self, call: Any, read: Callable[[Any], jax.Array]) -> jax.Array:
+    """The output where `read(delta)` is what the placement reads once `delta` was added there.
+
+    `read(None)` is what it reads as it stands, which is all that a single branch asks for.
+    """
+    return self(call, read(None))
 
   def unmergeable(self) -> str | None:
     """Why it is no matrix, or None: then the one within tells."""

@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Branch, Bypass, Chain, Node, Weight, is_node
+from pelt_jax._node import Branch
 from pelt_jax._site import Site
 from pelt_jax._transform import Transform, add_bypass, check_dropout, site_key
-from pelt_jax._tree import fold
-from pelt_jax._walk import walk
 from pelt_jax.methods._lora import _dropout
-from pelt_jax.nodes import Fusion, Guard
+from pelt_jax.methods._named import check_alike, check_places, frozen, places_of, tuned
+from pelt_jax.nodes import Fusion
 
 
 def adapter_fusion(
@@ -59,28 +58,22 @@ def adapter_fusion(
     >>> tasks = {n: {"ffn": {"bypass": pelt.nodes.After(node)}} for n in ("sst2", "trec")}
     >>> method = pelt.chain(pelt.adapter_fusion(tasks), pelt.train("head"))
   """
-  if not adapters:
-    raise ValueError("adapters is empty: name at least one task's params")
   check_dropout(dropout)
   if regularization < 0:
     raise ValueError(f"regularization must be at least 0, got {regularization!r}")
   names = tuple(adapters)
-  tables = {name: _places(name, params) for name, params in adapters.items()}
-  tuned = {name: _tuned(params) for name, params in adapters.items()}
+  tables = places_of(adapters)
+  changed = {name: tuned(params) for name, params in adapters.items()}
   first = tables[names[0]]
+  check_places(tables, "fuse adapters of one placement")
   for name, table in tables.items():
-    if odd := sorted(set(table) ^ set(first)):
-      raise ValueError(
-        f"the adapters {names[0]!r} and {name!r} are at different places: {odd[:4]}; fuse adapters "
-        "of one placement"
-      )
     for path, node in table.items():
-      _check_alike(path, (names[0], first[path]), (name, node))
+      check_alike(path, (names[0], first[path]), (name, node))
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
     known = {s.path: s for s in sites if s.kind == "call"}
     heads = {s.path for s in sites if any(r.role == "head" for r in s.roles)}
-    for name, paths in tuned.items():
+    for name, paths in changed.items():
       if own := sorted(set(paths) - heads):
         raise ValueError(
           f"adapters[{name!r}] changes leaves of the model, {own[:4]}, which several cannot do at "
@@ -94,7 +87,7 @@ def adapter_fusion(
       branches = [tables[name][path].branch for name in names]
       axis = node.stacked
       stack = lambda *arrays, axis=axis: jnp.stack(arrays, axis)
-      members = _frozen(jax.tree.map(stack, *branches))
+      members = frozen(jax.tree.map(stack, *branches))
       branch = fused(site_key(key, path), known[path], members, axis)
       new = node.replace(branch=branch, group=group)
       params = add_bypass(params, sites, path, new)
@@ -122,42 +115,3 @@ def adapter_fusion(
     )
 
   return Transform(initialize)
-
-
-def _places(name: str, params: dict) -> dict[str, Any]:
-  """The adapters of one task by their module's path."""
-  found = {}
-  for path, value in walk(fold(params)):
-    if isinstance(value, Chain) or (isinstance(value, Bypass) and not hasattr(value, "branch")):
-      raise ValueError(f"adapters[{name!r}] holds a {type(value).__name__} at {path!r}, no adapter")
-    if isinstance(value, Bypass):
-      found[path.removesuffix("bypass").removesuffix("/")] = value
-  if not found:
-    raise ValueError(f"adapters[{name!r}] holds no adapter, such as pelt.adapter adds")
-  return found
-
-
-def _tuned(params: dict) -> list[str]:
-  """Paths of the leaves that a task changed: heads, and what it should not have."""
-  weights = ((p, v) for p, v in walk(fold(params)) if isinstance(v, Weight))
-  return [p for p, v in weights if not isinstance(v, Guard) or is_node(v.base)]
-
-
-def _check_alike(path: str, one: tuple[str, Bypass], other: tuple[str, Bypass]) -> None:
-  (a, first), (b, second) = one, other
-  structures = [jax.tree.structure(n) for n in (first, second)]
-  if type(first) is not type(second) or structures[0] != structures[1]:
-    raise ValueError(f"the adapters {a!r} and {b!r} are placed or built differently at {path!r}")
-  shapes = [[jnp.shape(x) for x in jax.tree.leaves(n)] for n in (first, second)]
-  if shapes[0] != shapes[1]:
-    raise ValueError(
-      f"the adapters {a!r} and {b!r} have other widths at {path!r}: {shapes[0]} and {shapes[1]}"
-    )
-
-
-def _frozen(branch: Any) -> Any:
-  """A branch none of whose arrays train."""
-  if not isinstance(branch, Node):
-    return branch
-  below = {n: _frozen(v) for n, v in branch.children() if isinstance(v, Node)}
-  return branch.replace(group=None, **below)

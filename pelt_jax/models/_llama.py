@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from pelt_jax._rules import rule
 from pelt_jax._site import Role
 from pelt_jax.models._attention import (
   Array,
@@ -56,10 +57,21 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-    wide = x.astype(at_least_float32(x.dtype))
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
     # `scale` may be a node's value in another dtype; the caller's x decides.
-    return wide.astype(self.dtype) * scale.astype(self.dtype)[(None,) * (x.ndim - 1)]
+    return _unit(self, x) * scale.astype(self.dtype)[(None,) * (x.ndim - 1)]
+
+
+def _unit(norm: RMSNorm, x: Array) -> Array:
+  """`x / √(mean(x²) + eps)`."""
+  wide = x.astype(at_least_float32(x.dtype))
+  wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + norm.eps)
+  return wide.astype(norm.dtype)
+
+
+@rule(RMSNorm.__call__)  # in a bank every row has a scale of its own
+def _rms_norm(module: RMSNorm, leaves: dict, x: Array) -> Array:
+  y = _unit(module, x)
+  return y * leaves["scale"].spread(y)
 
 
 def _dense(

@@ -7,6 +7,8 @@ from pelt_jax.nodes._branches import Closable as Closable
 from pelt_jax.nodes._branches import Gated as Gated
 from pelt_jax.nodes._branches import MeanGate as MeanGate
 from pelt_jax.nodes._branches import Normalized as Normalized
+from pelt_jax.nodes._composed import Series as Series
+from pelt_jax.nodes._composed import WeightedSum as WeightedSum
 from pelt_jax.nodes._drop import DropBelow as DropBelow
 from pelt_jax.nodes._fusion import Fusion as Fusion
 from pelt_jax.nodes._generators import PrefixMLP as PrefixMLP

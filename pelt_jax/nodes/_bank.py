@@ -1,7 +1,7 @@
 """Several members at one place; each batch row uses the one that `rows` names."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from pelt_jax import _call
 from pelt_jax._node import Branch, Bypass, Chain, Node, Weight, base, innermost, is_node, own, strip
 from pelt_jax._tree import fold
 from pelt_jax._walk import every_node, update_at, walk
+from pelt_jax.nodes._composed import Composed
 from pelt_jax.nodes._prompt import ExtendedEmbedding
 from pelt_jax.nodes._tuned import Guard
 
@@ -100,38 +101,44 @@ class Bank(Branch):
     return jax.vmap(one)(members, x, jnp.arange(x.shape[0]))
 
 
-def bank(members: Sequence[dict]) -> dict:
+def bank(members: Sequence[dict] | Mapping[str, dict]) -> dict:
   """One tree that serves several adapters of one base: `rows` chooses a member for each batch row.
 
-  The member axis goes after stacked axes. LoRAs of unequal rank are padded with zeros, prompts of
-  unequal length with NaN.
+  The member axis goes after stacked axes. LoRAs and adapters of unequal width are padded with
+  zeros, prompts of unequal length with NaN.
 
   Args:
-    members: params with nodes at the same sites, over the same base.
+    members: params with nodes at the same sites, over the same base; by name, `rows` counts them in
+      the order in which they stand.
 
   Returns:
     Params whose nodes hold all members.
 
   Raises:
-    ValueError: if there are no members, or their sites or bases differ, naming both.
+    ValueError: if there are no members, their sites or bases differ, or leaves that they train,
+      such as heads, have other shapes; naming both.
   """
-  members = [fold(m) for m in members]
+  names = list(members) if isinstance(members, Mapping) else list(range(len(members)))
+  members = [fold(m) for m in (members.values() if isinstance(members, Mapping) else members)]
   if not members:
     raise ValueError("bank needs at least one member")
   tables = [dict(walk(m)) for m in members]
-  for i, table in enumerate(tables):
+  for name, table in zip(names, tables, strict=True):
+    which = f"members {names[0]!r} and {name!r} of the bank"
     kinds = [{p: type(v) for p, v in t.items() if is_node(v)} for t in (table, tables[0])]
     odd = sorted(dict(set(kinds[0].items()) ^ set(kinds[1].items())))
     if odd:
+      raise ValueError(f"{which} differ at {odd[:4]}: give them the same sites")
+    if path := other_base(tables[0], table):
       raise ValueError(
-        f"members 0 and {i} of the bank differ at {odd[:4]}: give them the same sites"
+        f"{which} have other values at {path!r} of the base: a bank serves adapters of one base"
       )
-  for i, table in enumerate(tables[1:], 1):
     for path, value in table.items():
-      if not _same(innermost(value), innermost(tables[0][path])) and not _owns(value):
+      shapes = [tuple(v.shape) for v in (tables[0][path], value) if isinstance(v, Weight)]
+      if len(set(shapes)) > 1:
         raise ValueError(
-          f"members 0 and {i} of the bank have other values at {path!r} of the base: a bank serves "
-          "adapters of one base"
+          f"{which} have {path!r} of shapes {shapes[0]} and {shapes[1]}: the heads of one bank "
+          "have the same number of labels"
         )
   out = {}
   for path, first in tables[0].items():
@@ -155,7 +162,21 @@ def members_of(params: dict) -> int | None:
   return None
 
 
-def _owns(value: Any) -> bool:
+def other_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+  """The first path at which the bases of two trees differ, given as `dict(walk(params))`.
+
+  A leaf that a method replaced is no longer the base's, and may differ; one that only one model
+  has, such as its head, is not compared.
+  """
+  for path, value in one.items():
+    if path not in other or owns(value) or owns(other[path]):
+      continue
+    if not same(innermost(value), innermost(other[path])):
+      return path
+  return None
+
+
+def owns(value: Any) -> bool:
   """Whether what lies innermost is the method's own, as in a leaf that trains as it is."""
   below = getattr(value, "base", None)
   while isinstance(below, Weight):
@@ -163,14 +184,14 @@ def _owns(value: Any) -> bool:
   return isinstance(value, Node) and below is None
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
   """Whether two arrays are equal, as far as it can be told without tracing."""
   a, b = strip(a), strip(b)
   if a is b or not all(isinstance(x, jax.Array | np.ndarray) for x in (a, b)):
     return True
   if isinstance(a, Tracer) or isinstance(b, Tracer):
     return True
-  return a.shape == b.shape and bool((a == b).all())
+  return a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())
 
 
 def _bank_weight(nodes: list[Any], path: str) -> Any:
@@ -193,15 +214,18 @@ def _bank_bypass(nodes: list[Any], path: str) -> Any:
     return first.replace(nodes=tuple(_bank_bypass(list(p), path) for p in parts))
   whole = _stack(nodes, first.stacked, path)
 
-  def wrap(value: Any) -> Any:
-    return (
-      Bank(value, group=value.group, stacked=value.stacked) if isinstance(value, Branch) else value
-    )
-
-  changes = {n: wrap(v) for n, v in whole.children()}
+  changes = {n: _banked(v) if isinstance(v, Branch) else v for n, v in whole.children()}
   if "banked" in first.kinds:
     changes["banked"] = True
   return whole.replace(**changes)
+
+
+def _banked(branch: Branch) -> Branch:
+  """A branch with a member axis in a `Bank`; of composed ones, what they are composed of."""
+  if not isinstance(branch, Composed):
+    return Bank(branch, group=branch.group, stacked=branch.stacked)
+  changes = {"banked": True} if "banked" in branch.kinds else {}
+  return branch.replace(branches=tuple(map(_banked, branch.branches)), **changes)
 
 
 def _stack(nodes: Sequence[Any], axis: int, path: str) -> Any:
@@ -212,7 +236,7 @@ def _stack(nodes: Sequence[Any], axis: int, path: str) -> Any:
 
   fill = math.nan if isinstance(nodes[0], ExtendedEmbedding) else 0.0
 
-  def join(*arrays: jax.Array) -> jax.Array:
+  def join(*arrays: jax.Array | np.ndarray) -> jax.Array:
     shape = tuple(max(s) for s in zip(*(jnp.shape(a) for a in arrays), strict=True))
     missing = lambda a: [(0, n - m) for n, m in zip(shape, jnp.shape(a), strict=True)]
     return jnp.stack(

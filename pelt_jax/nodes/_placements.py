@@ -30,11 +30,14 @@ class After(Bypass):
     source = None if self.tap is None else call.tap(self.tap)
     out = call.next(*args, **kwargs)
     y = out[0] if isinstance(out, tuple) else out
-    if source is None:
-      source = y
-    elif self.plus:
-      source = source + y
-    y = y + self.branch(call, source)
+
+    def read(delta: Any) -> jax.Array:
+      if source is not None and not self.plus:
+        return source
+      now = y if delta is None else y + delta
+      return now if source is None else source + now
+
+    y = y + self.branch.along(call, read)
     return (y, *out[1:]) if isinstance(out, tuple) else y
 
 
@@ -50,8 +53,14 @@ class Before(Bypass):
   tap: str | None = static()
 
   def __call__(self, call: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
-    source = x if self.tap is None else call.tap(self.tap)
-    return call.next(x + self.branch(call, source), *args, **kwargs)
+    source = None if self.tap is None else call.tap(self.tap)
+
+    def read(delta: Any) -> jax.Array:
+      if source is not None:
+        return source
+      return x if delta is None else x + delta
+
+    return call.next(x + self.branch.along(call, read), *args, **kwargs)
 
 
 class AroundNorm(Bypass):
@@ -64,7 +73,8 @@ class AroundNorm(Bypass):
   branch: Any = own()
 
   def __call__(self, call: Any, s: jax.Array, *args: Any, **kwargs: Any) -> Any:
-    return call.next(s + self.branch(call, call.next(s, *args, **kwargs)), *args, **kwargs)
+    read = lambda delta: call.next(s if delta is None else s + delta, *args, **kwargs)
+    return call.next(s + self.branch.along(call, read), *args, **kwargs)
 
 
 class Mixed(Bypass):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pelt_jax._parallel import parallel
 from pelt_jax._tree import combine, partition
 from pelt_jax.nodes._bank import bank, members_of
 from pelt_jax.nodes._shared import repeat_batch
@@ -83,18 +84,22 @@ def ensemble(apply: Callable, members: int, by: str = "majority") -> Callable:
 
   @functools.wraps(apply)
   def ask(variables: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    batch, found = inputs.shape[0], members_of(variables["params"])
+    found = members_of(variables["params"])
     if found != members:
       holds = "no bank" if found is None else f"a bank of {found}"
       raise ValueError(f"members={members}, but params hold {holds}: pass those of pelt.bank(...)")
     if "rows" in kwargs:
       raise ValueError("rows: an ensemble asks all members about every row, so leave rows out")
+<<<<<<< HEAD
 
     repeated = functools.partial(repeat_batch, times=members, batch=batch)
     rows = np.repeat(np.arange(members, dtype=np.int32), batch)
     others = {k: v if k == "rngs" else repeated(v) for k, v in kwargs.items()}
     out = apply(variables, repeated(inputs), *map(repeated, args), rows=rows, **others)
     return vote(out.reshape(members, batch, *out.shape[1:]), by)
+=======
+    return vote(parallel(apply)(variables, inputs, *args, **kwargs), by)
+>>>>>>> c41204c2e5f97a0c12409faf48d9cd8c1618f8a5
 
   return ask
 
