@@ -34,8 +34,6 @@ from pelt_jax.methods._adapter_drop import drop_to as drop_to
 from pelt_jax.methods._adapter_fusion import adapter_fusion as adapter_fusion
 from pelt_jax.methods._bitfit import bitfit as bitfit
 from pelt_jax.methods._close_gates import close_gates as close_gates
-from pelt_jax.methods._close_gates import closed_gates as closed_gates
-from pelt_jax.methods._close_gates import prune_gates as prune_gates
 from pelt_jax.methods._composition import average as average
 from pelt_jax.methods._composition import stack as stack
 from pelt_jax.methods._design import DESIGNS as DESIGNS

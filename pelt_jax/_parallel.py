@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pelt_jax.nodes._bank import members_of
+from pelt_jax.nodes._shared import repeat_batch
 
 
 def parallel(apply: Callable) -> Callable:
@@ -44,10 +44,7 @@ def parallel(apply: Callable) -> Callable:
     if "rows" in kwargs:
       raise ValueError("rows: all members run on every row, so leave rows out")
 
-    def repeated(x: Any) -> Any:
-      rows = getattr(x, "shape", ())[:1] == (batch,)
-      return jnp.concatenate([jnp.asarray(x)] * members) if rows else x
-
+    repeated = functools.partial(repeat_batch, times=members, batch=batch)
     rows = np.repeat(np.arange(members, dtype=np.int32), batch)
     others = {k: v if k == "rngs" else repeated(v) for k, v in kwargs.items()}
     out = apply(variables, repeated(inputs), *map(repeated, args), rows=rows, **others)

@@ -1,12 +1,16 @@
 """Several tasks' adapters over one batch, the layers below them run once (arXiv:2010.11918)."""
 
+import functools
 from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
 
 from pelt_jax._node import Bypass, Weight
 from pelt_jax._site import Site
 from pelt_jax._transform import add_bypass
 from pelt_jax._tree import fold
-from pelt_jax._walk import walk
+from pelt_jax._walk import get_at, update_at, walk
 from pelt_jax.methods._adapter_drop import stack_of, without_adapters
 from pelt_jax.nodes import EachTask, Guard, Shared
 from pelt_jax.nodes._bank import bank
@@ -71,14 +75,15 @@ def share_trunk(
       f"the tasks have nodes in layer {start}, so layers from {start} on cannot be shared; train "
       "with adapter_drop(n), or take adapters out of robust ones by drop=n"
     )
-  params = bank(members)
+  heads = _heads(tuple(tasks), members)
+  widths = next(iter(heads.values()), None)
+  params = bank([_widened(params, heads) for params in members])
   upper = tuple(f"{site.path}/" for site in layers[start:])
   apart = {p.rpartition("/")[0] for p in set().union(*held) if not p.startswith(upper)}
   for number, site in enumerate(layers[:start]):
     node = Shared(len(members), tuple(sorted(apart)) if number == 0 else (), group=None)
     params = add_bypass(params, sites, site.path, node)
-  names = tuple(tasks)
-  return add_bypass(params, sites, "", EachTask(names, _widths(names, members), group=None))
+  return add_bypass(params, sites, "", EachTask(tuple(tasks), widths, group=None))
 
 
 def _adds(value: object) -> bool:
@@ -88,8 +93,8 @@ def _adds(value: object) -> bool:
   return isinstance(value, Bypass | Weight)
 
 
-def _widths(names: tuple[str, ...], members: list[dict]) -> tuple[int, ...] | None:
-  """The lengths of the last axis of the leaves whose shapes differ by task: those of a head."""
+def _heads(names: tuple[str, ...], members: list[dict]) -> dict[str, tuple[int, ...]]:
+  """The leaves whose shapes differ by task, those of a head, and the lengths of their last axes."""
   tables = [{p: v.shape for p, v in walk(m) if isinstance(v, Weight)} for m in members]
   shapes = {path: [t.get(path) for t in tables] for path in tables[0]}
   found = {p: tuple(s[-1] for s in some if s) for p, some in shapes.items() if len(set(some)) > 1}
@@ -98,4 +103,17 @@ def _widths(names: tuple[str, ...], members: list[dict]) -> tuple[int, ...] | No
       f"leaves of {names} differ in other ways than by a number of labels: {found}; only the last "
       "axis of a head may"
     )
-  return next(iter(found.values()), None)
+  return found
+
+
+def _widened(params: dict, heads: Mapping[str, tuple[int, ...]]) -> dict:
+  """Params whose head has as many labels as the widest; those it lacks are zeros."""
+
+  def wider(x: jax.Array, width: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+
+  changes = {}
+  for path, widths in heads.items():
+    node = get_at(params, path)
+    changes[path] = jax.tree.map(functools.partial(wider, width=max(widths)), node)
+  return update_at(params, changes)

@@ -11,7 +11,6 @@ import numpy as np
 from pelt_jax._parallel import parallel
 from pelt_jax._tree import combine, partition
 from pelt_jax.nodes._bank import bank, members_of
-from pelt_jax.nodes._shared import repeat_batch
 from pelt_jax.training._encoded import Encoded
 from pelt_jax.training._evaluate import MAIN_METRIC, Evaluator
 from pelt_jax.training._step import TrainStep
@@ -90,16 +89,7 @@ def ensemble(apply: Callable, members: int, by: str = "majority") -> Callable:
       raise ValueError(f"members={members}, but params hold {holds}: pass those of pelt.bank(...)")
     if "rows" in kwargs:
       raise ValueError("rows: an ensemble asks all members about every row, so leave rows out")
-<<<<<<< HEAD
-
-    repeated = functools.partial(repeat_batch, times=members, batch=batch)
-    rows = np.repeat(np.arange(members, dtype=np.int32), batch)
-    others = {k: v if k == "rngs" else repeated(v) for k, v in kwargs.items()}
-    out = apply(variables, repeated(inputs), *map(repeated, args), rows=rows, **others)
-    return vote(out.reshape(members, batch, *out.shape[1:]), by)
-=======
     return vote(parallel(apply)(variables, inputs, *args, **kwargs), by)
->>>>>>> c41204c2e5f97a0c12409faf48d9cd8c1618f8a5
 
   return ask
 
