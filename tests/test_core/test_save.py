@@ -13,6 +13,7 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import _node, nodes
+from pelt_jax._walk import get_at, update_at
 from tests.test_core import tiny
 from tests.test_core.tiny import values
 
@@ -73,10 +74,10 @@ def test_the_file_holds_no_leaf_of_the_base(base, tmp_path):
 def test_another_value_raises_and_names_the_leaf(base, tmp_path):
   pelt.save(tmp_path, adapter(base))
   for path in ("dense/kernel", "dense/bias", "other"):
-    leaf = _node.get_at(base, path)
+    leaf = get_at(base, path)
     changed = leaf.at[(0,) * leaf.ndim].multiply(1 + 1e-6)
     with pytest.raises(ValueError, match=f"{path}.*other values"):
-      pelt.load(tmp_path, _node.update_at(base, {path: changed}))
+      pelt.load(tmp_path, update_at(base, {path: changed}))
   swapped = base["other"][::-1]  # the same numbers in another order
   with pytest.raises(ValueError, match="other"):
     pelt.load(tmp_path, base | {"other": swapped})

@@ -8,6 +8,7 @@ import pytest
 
 import pelt_jax as pelt
 import pelt_jax.models
+from pelt_jax._walk import walk
 from tests.test_core import tiny
 from tests.test_core.tiny import values
 
@@ -207,7 +208,7 @@ def test_bias_gradient_is_the_sum_over_rows_and_tokens():
 def test_bitfit_leaves_scales_alone():
   model, (ids, mask) = tiny.Model(), tiny.inputs()
   params = pelt.bitfit().init(jax.random.key(0), tiny.looped_params(), pelt.sites(model, ids, mask))
-  moved = [p for p, v in pelt._node.walk(params) if isinstance(v, pelt.nodes.Tuned)]
+  moved = [p for p, v in walk(params) if isinstance(v, pelt.nodes.Tuned)]
   assert moved and all(p.endswith("/bias") for p in moved)
   assert len(moved) == 3 * 8 + 1  # four projections, two norms, two matrices; the head
 
@@ -217,7 +218,7 @@ def test_layers_are_chosen_by_number():
   sites = pelt.sites(model, ids, mask)
   init = lambda method: method.init(jax.random.key(0), tiny.looped_params(), sites)
   params = init(pelt.bitfit("mlp/up", layers=(0, 2)))
-  moved = [p for p, v in pelt._node.walk(params) if isinstance(v, pelt.nodes.Tuned)]
+  moved = [p for p, v in walk(params) if isinstance(v, pelt.nodes.Tuned)]
   assert moved == ["h_0/mlp/up/bias", "h_2/mlp/up/bias"]
   with pytest.raises(ValueError, match="no layer"):
     init(pelt.bitfit("mlp/up", layers=(5,)))
