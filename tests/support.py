@@ -65,7 +65,8 @@ def _absent(name: str, reason: str) -> NoReturn:
 def _module(name: str) -> Callable[[], Any]:
   def provide():
     # Only absence counts: an installed module that fails to import is an error, not a skip.
-    if importlib.util.find_spec(name) is None:
+    # (A module that is imported already may have taken the place of its own specification.)
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
       raise Absent(f"the module {name!r} is not installed")
     return importlib.import_module(name)
 
