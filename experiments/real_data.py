@@ -15,7 +15,7 @@ import pathlib
 
 import finetune
 from recipes import ADAPTERS, LENGTHS, PROMPTS, tasks
-from reporting import write
+from reporting import as_names, write
 
 CLOZE = {
   "template": "{p:4} {text} {p:4} It was [MASK]",
@@ -39,12 +39,6 @@ def jobs(args: argparse.Namespace) -> dict[str, list[str]]:
     *("--length", "80"),
   ]
   return made
-
-
-def as_names(settings: dict) -> dict:
-  """Settings with files and folders by their names alone."""
-  shorter = {k: pathlib.Path(settings[k]).name for k in ("model", "train", "eval")}
-  return settings | shorter
 
 
 def main() -> None:

@@ -25,6 +25,12 @@ def plot(path: pathlib.Path, report: dict) -> None:
   save_figure(figure, path)
 
 
+def as_names(settings: dict) -> dict:
+  """Settings with files and folders by their names alone."""
+  shorter = {k: pathlib.Path(settings[k]).name for k in ("model", "train", "eval")}
+  return settings | shorter
+
+
 def save_figure(figure, path: pathlib.Path) -> None:
   temporary = path.with_name(f".{path.name}.tmp")
   figure.savefig(temporary, format="png", dpi=120)

@@ -79,6 +79,7 @@ def train(args: argparse.Namespace) -> None:
   virtual = pelt.virtual_tokens(params)
   write = writer(asked(virtual, args.tables), True)
   answers = write(params)
+  report["settings"] = reporting.as_names(report["settings"])
   report["test"] = {"tables": len(answers), **write.scores(answers)}
   if args.method in ("lora", "prompt_tuning", "prefix_tuning"):  # PEFT has no others of these
     pelt.interop.peft.export(out / "peft", params, model)
