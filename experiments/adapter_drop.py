@@ -117,16 +117,10 @@ def plot(path: pathlib.Path, results: dict) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
-  parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of the data sets")
-  parser.add_argument("--epochs", type=int, default=3)
+  parser = trained.parser(__doc__, "runs/drop")
   parser.add_argument("--fixed", type=int, nargs="*", default=[0, 1, 2, 3, 4, 5])
   parser.add_argument("--rounds", type=int, default=30, help="of timing")
   parser.add_argument("--only", choices=("accuracy", "time"), help="one half of the work")
-  parser.add_argument("--out", type=pathlib.Path, default="runs/drop")
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
   training.keep_freed_memory()

@@ -8,7 +8,6 @@ the weights averaged over the real tokens of the task's test file; a run that is
 not run again.
 """
 
-import argparse
 import json
 import pathlib
 
@@ -37,14 +36,7 @@ def plot(path: pathlib.Path, results: dict) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
-  parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of the data sets")
-  parser.add_argument("--epochs", type=int, default=3, help="of each adapter and each fusion")
-  parser.add_argument("--out", type=pathlib.Path, default="runs/fusion")
-  args = parser.parse_args()
+  args = trained.parser(__doc__, "runs/fusion").parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
   jobs = {
     name: ["--model", args.model, *files, "--length", str(LENGTHS[name])]

@@ -7,7 +7,6 @@ test file. Writes results.json, results.md and gates.png; a run that is done alr
 again.
 """
 
-import argparse
 import json
 import pathlib
 
@@ -53,14 +52,7 @@ def plot(path: pathlib.Path, results: dict) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
-  parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of the data sets")
-  parser.add_argument("--epochs", type=int, default=3)
-  parser.add_argument("--out", type=pathlib.Path, default="runs/gates")
-  args = parser.parse_args()
+  args = trained.parser(__doc__, "runs/gates").parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
   results = {}
   for name, files in tasks(args.data).items():

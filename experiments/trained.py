@@ -1,5 +1,6 @@
 """Runs of the main job, made where they are absent, and their models with the evaluation's rows."""
 
+import argparse
 import json
 import pathlib
 from collections.abc import Iterator
@@ -11,6 +12,18 @@ import numpy as np
 
 import pelt_jax as pelt
 from pelt_jax import models, training
+
+
+def parser(about: str | None, out: str) -> argparse.ArgumentParser:
+  """What the scripts that train MiniLM on several data sets are told."""
+  made = argparse.ArgumentParser(
+    description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  made.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
+  made.add_argument("--data", type=pathlib.Path, required=True, help="folder of the data sets")
+  made.add_argument("--epochs", type=int, default=3, help="of every run")
+  made.add_argument("--out", type=pathlib.Path, default=out)
+  return made
 
 
 class Trained(NamedTuple):
