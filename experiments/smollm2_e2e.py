@@ -3,6 +3,7 @@
   python experiments/smollm2_e2e.py --model SMOLLM2_FOLDER --data E2E_FOLDER --out runs/e2e
   python experiments/smollm2_e2e.py ... --method prefix_tuning
   python experiments/smollm2_e2e.py ... --check      # afterwards: the same texts from torch PEFT
+  python experiments/smollm2_e2e.py --compare FOLDER # of runs: results.md, a line for each
 
 Writes chat files from the data set's CSV, trains with the main job, answers the test set's tables
 and scores the answers against all their references (BLEU, ROUGE), shows ten of them before and
@@ -80,6 +81,7 @@ def train(args: argparse.Namespace) -> None:
   write = writer(asked(virtual, args.tables), True)
   answers = write(params)
   report["settings"] = reporting.as_names(report["settings"])
+  report["model"] = report["settings"]["model"]
   report["test"] = {"tables": len(answers), **write.scores(answers)}
   if args.method in ("lora", "prompt_tuning", "prefix_tuning"):  # PEFT has no others of these
     pelt.interop.peft.export(out / "peft", params, model)
@@ -152,12 +154,34 @@ def write_report(
   (out / "report.md").write_text("\n".join(lines))
 
 
+def compare(folder: pathlib.Path) -> None:
+  """Writes results.md beside the folders of runs."""
+  lines = ["# SmolLM2-135M-Instruct on E2E, greedy answers against all references\n"]
+  lines.append(
+    "| run | steps | rows | rate | trained | stored | loss, dev | BLEU "
+    "| ROUGE-1 | ROUGE-2 | ROUGE-L | tables |"
+  )
+  lines.append("|---" * 12 + "|")
+  for file in sorted(folder.glob("*/report.json")):
+    report = json.loads(file.read_text())
+    settings, counts, metric = report["settings"], report["parameters"], report["metric"]
+    test = report.get("test")
+    scores = "{bleu:.2f} | {rouge_1:.4f} | {rouge_2:.4f} | {rouge_l:.4f} | {tables}"
+    lines.append(
+      f"| {file.parent.name} | {report['steps']} | {settings['batch']} | {settings['lr']} "
+      f"| {counts['trainable']:,} | {counts['stored']:,} "
+      f"| {metric['before']:.3f} → {metric['after']:.3f} "
+      f"| {scores.format(**test) if test else ' | | | | '} |"
+    )
+  finetune.write(folder / "results.md", "\n".join(lines) + "\n")
+
+
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
-  parser.add_argument("--data", required=True, help="folder of the E2E data set")
+  parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct")
+  parser.add_argument("--data", help="folder of the E2E data set")
   parser.add_argument("--general", help="general text: how much of it is forgotten")
   parser.add_argument("--method", default="lora", choices=METHODS)
   parser.add_argument("--lr", type=float, help="peak learning rate, if not the main job's")
@@ -169,5 +193,11 @@ if __name__ == "__main__":
   parser.add_argument(
     "--check", action="store_true", help="compare with torch PEFT, after training"
   )
+  parser.add_argument("--compare", type=pathlib.Path, help="only that: a folder of runs' folders")
   given = parser.parse_args()
-  check(given) if given.check else train(given)
+  if given.compare:
+    compare(given.compare)
+  elif given.model is None or given.data is None:
+    parser.error("--model and --data are needed")
+  else:
+    check(given) if given.check else train(given)
