@@ -75,7 +75,8 @@ def main() -> None:
     scores = f"{metric['name']} | {metric['before']:.4f} | {metric['after']:.4f}"
     stored = f"{done['parameters']['stored']:,}"
     lines.append(f"| {name} | {scores} | {stored} | {done['steps']} | {settings['lr']} |")
-  lines.append(f"\nThe cloze: `{CLOZE['template']}`, {CLOZE['verbalizer']}.")
+  if "sst2-cloze" in results:
+    lines.append(f"\nThe cloze: `{CLOZE['template']}`, {CLOZE['verbalizer']}.")
   write(out / "results.md", "\n".join(lines) + "\n")
 
 
