@@ -37,7 +37,10 @@ ADAPTERS = {
   "mam": Recipe("mam", (LENGTH, "bottleneck=192", "hidden=512")),
   "unipelt": Recipe("unipelt", (LENGTH, "rank=8", "reduction=16", "hidden=512")),
 }
-RECIPES = {name: Recipe(name) for name in ("lora", "full", "bitfit")} | PROMPTS | ADAPTERS
+# torch PEFT's prompts start from tokens of the whole vocabulary, here of MiniLM's.
+WHOLE = {"prompt_tuning_whole": Recipe("prompt_tuning", (LENGTH, "vocabulary=30522"))}
+PLAIN = {name: Recipe(name) for name in ("lora", "full", "bitfit")}
+RECIPES = PLAIN | PROMPTS | WHOLE | ADAPTERS
 
 
 def rates(name: str, task: str) -> tuple[float, float]:
