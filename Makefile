@@ -12,6 +12,8 @@ ifneq ($(wildcard ../shared/models/smollm2.py),)
 PARITY_HAS := $(PARITY_HAS),smollm2
 endif
 FLAX_HAS := flax_transformers,gemma,torch,peft,adapters
+# Small programs that run once, as in the fast suite.
+HUB := $(wildcard tests/test_foreign/test_adapterhub*.py) tests/test_foreign/test_compositions.py
 
 .PHONY: demo test test-parity lint clean
 
@@ -26,7 +28,9 @@ test-parity: $(VENV)/parity.stamp $(FLAX)/test.stamp
 	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(PARITY_HAS)" \
 	  $(VENV)/bin/python $(PYTEST) -m parity --ignore=tests/test_foreign
 	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(FLAX_HAS)" \
-	  $(FLAX)/bin/python $(PYTEST) -m parity tests/test_foreign
+	  $(FLAX)/bin/python $(PYTEST) -m parity tests/test_foreign $(HUB:%=--ignore=%)
+	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(FLAX_HAS)" JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
+	  $(FLAX)/bin/python $(PYTEST) -m parity $(HUB)
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format --check .
