@@ -26,6 +26,15 @@ def every_node(tree: Any) -> Iterator[Node]:
         yield from every_node(below)
 
 
+def map_nodes(fn: Callable[[Any], Any], tree: Any) -> Any:
+  """A tree with `fn(node)` in place of every node, those inside a node before it."""
+  if isinstance(tree, Node):
+    return fn(tree.replace(**{n: map_nodes(fn, v) for n, v in tree.children()}))
+  if isinstance(tree, Mapping):
+    return {k: map_nodes(fn, v) for k, v in tree.items()}
+  return tuple(map_nodes(fn, v) for v in tree) if type(tree) is tuple else tree
+
+
 def update_at(params: Any, changes: Mapping[str, Any]) -> dict:
   """A copy of nested dicts with the values at some paths set; missing dicts are made."""
   new = dict(params)

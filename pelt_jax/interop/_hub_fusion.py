@@ -167,6 +167,9 @@ def fusion_parts(
     if not same or branch.regularization != first.regularization:
       notes.problem(path, "other adapters are fused, or otherwise, than elsewhere")
       continue
+    if branch.kept is not None:
+      notes.problem(path, "some of its adapters were pruned, and there every layer fuses the same")
+      continue
     if branch.regularization not in (0.0, REGULARIZATION):
       notes.otherwise.append(
         f"{path}: regularization={branch.regularization}, AdapterHub has {REGULARIZATION} or none"

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from pelt_jax._node import Bypass, Chain
 from pelt_jax._site import Site, find, layer_of
 from pelt_jax._transform import Transform, add_bypass
-from pelt_jax._walk import update_at, walk
+from pelt_jax._walk import every_node, map_nodes, update_at, walk
 from pelt_jax.methods._adapter import adapter
 from pelt_jax.nodes import DropBelow, Guard
 
@@ -172,20 +172,14 @@ def drop_to(params: dict, drop: Any) -> dict:
     >>> float(params["layers"]["0"]["bypass"].drop)
     2.0
   """
-  changes = {}
+  if not any(isinstance(n, DropBelow) for n in every_node(params)):
+    raise ValueError("params hold no adapters of adapter_drop(robust=True)")
 
-  def changed(node: Bypass) -> Bypass:
+  def changed(node: Any) -> Any:
     if not isinstance(node, DropBelow):
       return node
     if not isinstance(drop, Tracer) and not 0 <= int(drop) <= node.most + 1:
       raise ValueError(f"drop={drop}: expected 0 to {node.most + 1}, the number of layers")
     return node.replace(drop=jnp.broadcast_to(jnp.asarray(drop, jnp.float32), node.drop.shape))
 
-  for path, value in walk(params):
-    if isinstance(value, Chain) and any(isinstance(n, DropBelow) for n in value.nodes):
-      changes[path] = value.replace(nodes=tuple(map(changed, value.nodes)))
-    elif isinstance(value, DropBelow):
-      changes[path] = changed(value)
-  if not changes:
-    raise ValueError("params hold no adapters of adapter_drop(robust=True)")
-  return update_at(params, changes)
+  return map_nodes(changed, params)

@@ -9,7 +9,7 @@ from pelt_jax._node import GENERATORS, Branch, Node
 from pelt_jax._site import Site
 from pelt_jax._transform import PostStep, Transform, check_whole
 from pelt_jax._tree import is_hole
-from pelt_jax._walk import map_arrays, update_at, walk
+from pelt_jax._walk import map_arrays, map_nodes, walk
 from pelt_jax.methods._gates import GatedPart, gated_parts
 from pelt_jax.nodes import Closable, Prefix, PrefixMLP
 
@@ -78,7 +78,7 @@ def close_gates(epsilon: float = 0.05, patience: int = 3, *, every: int = 100) -
   check_whole(patience=patience, every=every)
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
-    new = update_at(params, {path: _closable(value) for path, value in walk(params)})
+    new = map_nodes(_closable, params)
     parts = list(gated_parts(new))
     if not parts:
       raise ValueError(
@@ -124,23 +124,19 @@ def close_gates(epsilon: float = 0.05, patience: int = 3, *, every: int = 100) -
   return Transform(initialize, PostStep(start, update))
 
 
-def _closable(value: Any) -> Any:
-  """A node whose gates can be closed."""
-  if type(value) is tuple:
-    return tuple(map(_closable, value))
-  if not isinstance(value, Node) or isinstance(value, Closable):
-    return value
+def _closable(node: Node) -> Node:
+  """A node whose gate can be closed."""
+  if isinstance(node, Closable):
+    return node
 
-  def of(name: str, below: Any) -> Any:
-    if below is None or not (name == "gate" or (name == "scaling" and isinstance(below, Branch))):
-      return _closable(below)
-    if isinstance(below, Closable):
-      return below
-    lead = jax.tree.leaves(below)[0].shape[: value.stacked]
-    group = below.group if isinstance(below, Node) else value.group
-    return Closable(below, jnp.ones(lead, jnp.float32), group=group, stacked=value.stacked)
+  def of(gate: Any) -> Closable:
+    lead = jax.tree.leaves(gate)[0].shape[: node.stacked]
+    group = gate.group if isinstance(gate, Node) else node.group
+    return Closable(gate, jnp.ones(lead, jnp.float32), group=group, stacked=node.stacked)
 
-  return value.replace(**{name: of(name, below) for name, below in value.children()})
+  is_gate = lambda name, v: name == "gate" or (name == "scaling" and isinstance(v, Branch))
+  found = {n: v for n, v in node.children() if v is not None and is_gate(n, v)}
+  return node.replace(**{n: of(v) for n, v in found.items() if not isinstance(v, Closable)})
 
 
 def _mean_gate(part: GatedPart, record: dict) -> jax.Array:

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pelt_jax._node import Node
 from pelt_jax._site import Site, Targets
 from pelt_jax._transform import Transform, chain, check_whole
-from pelt_jax._walk import every_node
+from pelt_jax._walk import every_node, map_nodes
 from pelt_jax.methods._adapter import adapter
 from pelt_jax.methods._gates import drawn_gate, rewrapped
 from pelt_jax.methods._lora import lora
@@ -172,7 +171,7 @@ def _composed(method: Transform, form: str, composition: str, group: str | None)
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
     def changed(path: str, node: Any) -> Any:
-      branch = _unbiased(node.branch) if form == "linear" else node.branch
+      branch = map_nodes(_unbiased, node.branch) if form == "linear" else node.branch
       if composition != "gated":
         return node.replace(branch=branch)
       (down,) = (n.array("down") for n in every_node(branch) if isinstance(n, Bottleneck))
@@ -201,11 +200,8 @@ def _composed(method: Transform, form: str, composition: str, group: str | None)
   return Transform(initialize)
 
 
-def _unbiased(branch: Any) -> Any:
-  if isinstance(branch, Bottleneck):
-    return branch.replace(down_bias=None, up_bias=None)
-  below = {n: _unbiased(v) for n, v in branch.children() if isinstance(v, Node)}
-  return branch.replace(**below)
+def _unbiased(node: Any) -> Any:
+  return node.replace(down_bias=None, up_bias=None) if isinstance(node, Bottleneck) else node
 
 
 def _check_member(name: str, value: str, known: tuple[str, ...]) -> None:

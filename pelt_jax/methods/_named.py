@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pelt_jax._node import Bypass, Node, Weight, is_node
+from pelt_jax._node import Bypass, Weight, is_node
 from pelt_jax._tree import fold
-from pelt_jax._walk import walk
+from pelt_jax._walk import map_nodes, walk
 from pelt_jax.nodes import Guard
 from pelt_jax.nodes._bank import other_base
 
@@ -34,7 +34,7 @@ def _places(name: str, params: dict) -> dict[str, Any]:
     alone = hasattr(value, "branch") and not jax.tree.leaves(value.replace(branch=None))
     if not alone:  # a placement's own arrays, such as a gate, are no branch's
       raise ValueError(f"adapters[{name!r}] holds a {type(value).__name__} at {path!r}, no adapter")
-    found[path.removesuffix("bypass").removesuffix("/")] = value
+    found[path.rpartition("/")[0]] = value
   if not found:
     raise ValueError(f"adapters[{name!r}] holds no adapter, such as pelt.adapter adds")
   return found
@@ -83,12 +83,7 @@ def check_alike(path: str, one: tuple[str, Any], other: tuple[str, Any]) -> None
 
 def frozen(node: Any) -> Any:
   """A node none of whose arrays train."""
-  if type(node) is tuple:
-    return tuple(map(frozen, node))
-  if not isinstance(node, Node):
-    return node
-  below = {n: frozen(v) for n, v in node.children() if isinstance(v, Node | tuple)}
-  return node.replace(group=None, **below)
+  return map_nodes(lambda n: n.replace(group=None), node)
 
 
 def check_name(argument: str, name: str | None, adapters: Mapping[str, dict]) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pelt_jax._node import BYPASS, Bypass, Chain, Node
+from pelt_jax._node import Bypass, Chain, Node
 from pelt_jax._transform import check_whole
 from pelt_jax._walk import every_node, update_at, walk
 from pelt_jax.nodes import Bank, Fusion
@@ -94,7 +94,7 @@ def prune_fusion(params: dict, usage: Mapping[str, Any], *, keep: int) -> dict:
   found = {}
   for path, value in walk(params):
     if isinstance(value, Bypass) and any(isinstance(n, Fusion) for n in every_node(value)):
-      found[path.removesuffix(BYPASS).removesuffix("/")] = path, value
+      found[path.rpartition("/")[0]] = path, value
   if unknown := sorted(set(usage) - set(found)):
     raise ValueError(
       f"usage has places {unknown[:4]} where params hold no fusion; they do at "

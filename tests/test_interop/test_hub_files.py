@@ -248,6 +248,16 @@ def test_fusions_need_their_adapters(bert, sites, tmp_path):
     adapterhub.load(tmp_path / "setup", *bert, sites=sites)
 
 
+def test_a_pruned_fusion_is_not_written(bert, sites, tmp_path):
+  params = adapterhub.load(BERT / "fusion", *bert, sites=sites)
+  fused = lambda node: isinstance(getattr(node, "branch", None), nodes.Fusion)
+  place = next(path.rpartition("/")[0] for path, node in walk(params) if fused(node))
+  params = pelt.prune_fusion(params, {place: [0.2, 0.8]}, keep=1)
+  with pytest.raises(ValueError, match="some of its adapters were pruned"):
+    adapterhub.export(tmp_path / "out", params, bert[0])
+  assert not (tmp_path / "out").exists()
+
+
 def test_swapped_arguments_and_other_families(bert, tmp_path):
   model, base = bert
   with pytest.raises(TypeError, match="are they swapped"):
