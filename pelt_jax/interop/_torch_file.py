@@ -5,6 +5,7 @@ classes and functions that tensors are made of, and stand-ins here replace those
 """
 
 import collections
+import importlib
 import pathlib
 import pickle
 import sys
@@ -102,7 +103,7 @@ def _parameter(value: np.ndarray, *unused: Any) -> np.ndarray:
 
 def _old(file: pathlib.Path) -> dict[str, np.ndarray]:
   try:
-    import torch
+    torch: Any = importlib.import_module("torch")
   except ImportError:
     raise ValueError(
       f"{file} is cut short, or in the format of before torch 1.6, which only torch reads. Install "
