@@ -1,7 +1,6 @@
 """Against AdapterHub's `adapters`: outputs and gradients from the same arrays, in float64."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,99 +9,20 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import models
-from tests import support
-from tests.test_models.helpers import CONFIGS, SEQ2SEQ, close, tokens
-from tests.test_models.lifting import Lifted
+from tests.support import require
+from tests.test_models.helpers import close, tokens
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
-torch = support.require("torch")
-adapters = support.require("adapters")
-transformers = support.require("flax_transformers")
+torch = require("torch")
+adapters = require("adapters")
+require("flax_transformers")
 
-LENGTH, RANK, REDUCTION = 3, 2, 8
-FAMILY = {"bert": "BertModel", "gpt2": "GPT2Model", "t5": "T5ForConditionalGeneration"}
-PREFIX = {"prefix_length": LENGTH, "flat": True}
+from tests.test_foreign.adapterhub import CASES, FAMILY, lifted, read, theirs  # noqa: E402
 
+assert lifted  # a fixture
 
-def unipelt(family):
-  fused = {"fused": ((0, 2), 3)} if family == "gpt2" else {}
-  return pelt.unipelt(
-    LENGTH, rank=RANK, reduction=REDUCTION, reparametrize=False, gate_pool="mean_all", **fused
-  )
-
-
-# Ours by family, theirs.
-CASES = {
-  "houlsby": (
-    lambda f: pelt.adapter("houlsby", reduction=16, activation="silu", train_norms=False),
-    lambda: adapters.DoubleSeqBnConfig(),
-  ),
-  "pfeiffer": (lambda f: pelt.adapter("pfeiffer"), lambda: adapters.SeqBnConfig()),
-  "parallel": (
-    lambda f: pelt.adapter("scaled_parallel", tap="residual"),
-    lambda: adapters.ParBnConfig(),
-  ),
-  "learned": (
-    lambda f: pelt.adapter("scaled_parallel", tap="residual", scaling="learned"),
-    lambda: adapters.ParBnConfig(scaling="learned"),
-  ),
-  "mam": (
-    lambda f: pelt.chain(
-      pelt.prefix_tuning(LENGTH, reparametrize=False, shift_positions=False),
-      pelt.adapter("scaled_parallel", tap="residual"),
-    ),
-    lambda: adapters.ConfigUnion(adapters.PrefixTuningConfig(**PREFIX), adapters.ParBnConfig()),
-  ),
-  "unipelt": (
-    unipelt,
-    lambda: adapters.UniPELTConfig(
-      adapters.PrefixTuningConfig(**PREFIX, use_gating=True),
-      adapters.SeqBnConfig(reduction_factor=REDUCTION, use_gating=True),
-      adapters.LoRAConfig(r=RANK, use_gating=True, dropout=0.0),
-    ),
-  ),
-}
 # Their prefixes of T5 move its relative positions, a defect that is not followed.
 PAIRS = [(f, m) for f in FAMILY for m in CASES if (f, m) not in {("t5", "mam"), ("t5", "unipelt")}]
-
-
-@pytest.fixture
-def lifted(monkeypatch):
-  monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-  for family in FAMILY:
-    for module in (
-      f"transformers.models.{family}.modeling_{family}",
-      f"adapters.models.{family}.modeling_{family}",
-    ):
-      monkeypatch.setattr(importlib.import_module(module), "torch", Lifted(torch))
-
-
-def theirs(family, folder, add):
-  """Their model after `add(model)`, everything random; the base is saved before."""
-  raw = dict((CONFIGS | SEQ2SEQ)[family])
-  kind = getattr(transformers, FAMILY[family].partition("Model")[0].partition("For")[0] + "Config")
-  torch.manual_seed(0)
-  model = getattr(transformers, FAMILY[family])(kind(**raw, attn_implementation="eager")).double()
-  with torch.no_grad():
-    for p in model.parameters():
-      p.normal_(0, 0.3 if p.ndim > 1 else 0.1)
-      if p.ndim == 1:
-        p.add_(1)
-  model.save_pretrained(folder)
-  adapters.init(model)
-  add(model)
-  model = model.double().eval()
-  with torch.no_grad():
-    for p in model.parameters():
-      if p.requires_grad:
-        p.normal_(0, 0.3)
-  return model
-
-
-def read(save, folder, module, base, sites):
-  """Params with what `save(folder)` writes."""
-  save(str(folder))
-  return pelt.interop.adapterhub.load(folder, module, base, head=False, sites=sites)
 
 
 def read_gradients(model, save, folder, module, base, sites):

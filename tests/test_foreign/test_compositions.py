@@ -9,11 +9,17 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import models
-from tests.test_foreign.test_adapterhub import CASES, adapters, lifted, read, theirs, torch
+from tests.support import require
 from tests.test_models.helpers import close, tokens
 
-composition = importlib.import_module("adapters.composition")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+torch = require("torch")
+adapters = require("adapters")
+require("flax_transformers")
+
+from tests.test_foreign.adapterhub import CASES, lifted, read, theirs  # noqa: E402
+
+composition = importlib.import_module("adapters.composition")
 assert lifted  # a fixture
 NAMES = ("one", "two", "three")
 WEIGHTS = {"one": 1.5, "two": -0.75, "three": 0.25}
