@@ -12,8 +12,10 @@ ifneq ($(wildcard ../shared/models/smollm2.py),)
 PARITY_HAS := $(PARITY_HAS),smollm2
 endif
 FLAX_HAS := flax_transformers,gemma,torch,peft,adapters
-# Small programs that run once, as in the fast suite.
+# Small programs that run once, as in the fast suite; the other parity tests train or count.
+SMALL := $(addprefix tests/test_,core interop methods models)
 HUB := $(wildcard tests/test_foreign/test_adapterhub*.py) tests/test_foreign/test_compositions.py
+UNOPTIMIZED := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
 .PHONY: demo test test-parity lint clean
 
@@ -22,15 +24,17 @@ demo: $(VENV)/train.stamp
 
 # Most of the fast suite's time would be XLA optimizing small programs that run once.
 test: $(VENV)/test.stamp
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(VENV)/bin/python $(PYTEST) -m "not parity"
+	$(UNOPTIMIZED) $(VENV)/bin/python $(PYTEST) -m "not parity"
 
 test-parity: $(VENV)/parity.stamp $(FLAX)/test.stamp
+	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(PARITY_HAS)" $(UNOPTIMIZED) \
+	  $(VENV)/bin/python $(PYTEST) -m parity $(SMALL)
 	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(PARITY_HAS)" \
-	  $(VENV)/bin/python $(PYTEST) -m parity --ignore=tests/test_foreign
+	  $(VENV)/bin/python $(PYTEST) -m parity $(SMALL:%=--ignore=%) --ignore=tests/test_foreign
+	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(FLAX_HAS)" $(UNOPTIMIZED) \
+	  $(FLAX)/bin/python $(PYTEST) -m parity $(HUB)
 	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(FLAX_HAS)" \
 	  $(FLAX)/bin/python $(PYTEST) -m parity tests/test_foreign $(HUB:%=--ignore=%)
-	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(FLAX_HAS)" JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-	  $(FLAX)/bin/python $(PYTEST) -m parity $(HUB)
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format --check .
