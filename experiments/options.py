@@ -36,7 +36,7 @@ OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5
 METHODS = (  # those that this version has
   *("full", "bitfit", "lora", "adalora", "dora", "pissa", "olora", "ia3", "vera", "loha", "lokr"),
   *("qlora", "prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "adapter"),
-  *("adapter_fusion", "adapter_drop", "mam", "unipelt", "lora_fa", "miss", "hira"),
+  *("adapter_fusion", "adapter_drop", "mam", "unipelt", "design", "lora_fa", "miss", "hira"),
 )
 BATCHES = {"classification": 32, "tagging": 32, "lm": 8, "seq2seq": 16}
 EPOCHS = {"classification": 3, "tagging": 3, "lm": 1, "seq2seq": 3}
@@ -266,6 +266,10 @@ def build_method(
   if args.adapters is not None:
     stand_in = {"bypass": pelt.nodes.After(pelt.nodes.Bottleneck())}
     options["adapters"] = members or dict.fromkeys(args.adapters, stand_in)
+  try:
+    inspect.signature(factory).bind(**options)
+  except TypeError as error:
+    raise ValueError(f"--method {args.method}: {error}; pass it as --set NAME=VALUE") from error
   method = factory(**options)
   if args.task not in WRITE and args.method != "full" and args.verbalizer is None:
     head = pelt.train("head", group="trainable" if args.head_lr is None else HEAD)
@@ -279,13 +283,17 @@ def typed_options(method: str, factory, settings: list[str]) -> dict:
   """`KEY=VALUE` texts as the factory's signature wants them."""
   parameters = inspect.signature(factory).parameters
   kinds = typing.get_type_hints(factory)
+  more = [n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD]  # checked by the factory
   values = {}
   for setting in settings:
     name, equals, text = setting.partition("=")
     if not equals:
       raise ValueError(f"--set {setting}: expected KEY=VALUE")
-    if name not in parameters:
-      options = ", ".join(f"{n}={p.default!r}" for n, p in parameters.items())
+    if name in more or (name not in parameters and not more):
+      plain = {n: p.default for n, p in parameters.items() if n not in more}
+      options = ", ".join(
+        n if v is inspect.Parameter.empty else f"{n}={v!r}" for n, v in plain.items()
+      )
       raise ValueError(f"--set {name}: {method} has no such option; it has {options or 'none'}")
     values[name] = typed(setting, text, kinds.get(name, typing.Any))
   return values

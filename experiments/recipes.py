@@ -37,16 +37,23 @@ ADAPTERS = {
   "mam": Recipe("mam", (LENGTH, "bottleneck=192", "hidden=512")),
   "unipelt": Recipe("unipelt", (LENGTH, "rank=8", "reduction=16", "hidden=512")),
 }
+# A row of the unified view's table that no paper has.
+NEW = {
+  "gated_parallel": Recipe(
+    "design",
+    ("form=relu", "insertion=parallel", "representation=ffn", "composition=gated", "size=192"),
+  )
+}
 # torch PEFT's prompts start from tokens of the whole vocabulary, here of MiniLM's.
 WHOLE = {"prompt_tuning_whole": Recipe("prompt_tuning", (LENGTH, "vocabulary=30522"))}
 PLAIN = {name: Recipe(name) for name in ("lora", "full", "bitfit")}
-RECIPES = PLAIN | PROMPTS | WHOLE | ADAPTERS
+RECIPES = PLAIN | PROMPTS | WHOLE | ADAPTERS | NEW
 
 
 def rates(name: str, task: str) -> tuple[float, float]:
   """Peak learning rates of a method and of its head, those of the main job."""
   method = RECIPES[name].method
-  rate = options.RATES[method][task]
+  rate = options.RATES.get(method, options.OTHER_RATES)[task]
   return rate, options.HEAD_RATES.get(method, {}).get(task, rate)
 
 

@@ -124,6 +124,7 @@ def close(got, want, tolerance):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), got, want)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("method", METHODS)
 def test_one_vmapped_program_trains_as_separate_runs_do(method):
   """Dropout, clipping by each member's own norm, Adam: the same numbers."""

@@ -125,6 +125,14 @@ def test_classification(finetune, bert, tmp_path, method):
     ("length=2", "rank=1", "bottleneck=4", "reparametrize=false"),
     4 * 16 + 2 * 2 * 16 + 2 * 4 * 16 + 4 + 16 + 4 * 17,
   ),
+  (
+    "design",
+    (
+      *("form=relu", "insertion=parallel", "representation=ffn", "composition=gated", "size=4"),
+      "dropout=0.1",
+    ),
+    2 * 4 * 16 + 4 + 16 + 17,
+  ),
 ])  # fmt: skip
 def test_adapters_and_their_mixtures(finetune, bert, tmp_path, method, settings, trainable):
   data = sentiment(tmp_path)
@@ -351,6 +359,8 @@ BAD = [
   ({"set": "rank"}, "--set rank: expected KEY=VALUE"),
   ({"set": "rank=0"}, "rank must be .* got 0"),
   ({"set": "targets=nothing"}, "nothing"),
+  ({"method": "design", "set": "size=4"}, "design: missing .*'form'; pass it as --set NAME=VALUE"),
+  ({"method": "design", "set": "options=4"}, "design has no such option; it has form, insertion"),
   ({"steps": -1}, "--steps -1: expected a positive number"),
   ({"epochs": 2}, "--steps and --epochs exclude"),
   ({"length": 25}, "length=25: the model has 24 positions"),

@@ -200,6 +200,7 @@ def check(report, folder, tmp_path, scan=False):
   np.testing.assert_allclose(scores["loss"], after["loss"], rtol=1e-5)
 
 
+@pytest.mark.parity
 def test_the_main_job(finetune, folders, tmp_path):
   options = {"steps": 8, "lr": 0.03, "new-tokens": 4, "write": 4}
   report = run(finetune, folders["t5"], tmp_path, **options)
