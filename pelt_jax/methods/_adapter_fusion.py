@@ -40,8 +40,8 @@ def adapter_fusion(
     adapters: by name, params with bottleneck adapters at the same places, of the same widths.
     static: leave V out.
     regularization: weight of |V - I|².
-    dropout: share of the weights s dropped in training; the released code has the model's own for
-      attention.
+    dropout: share of the weights s dropped in training; none by default. The released code instead
+      drops scores before the softmax, by the model's own rate for attention.
     dtype: dtype of the arrays; by default that of the adapters.
     group: label of the arrays; None freezes them.
 
