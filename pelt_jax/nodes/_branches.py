@@ -101,8 +101,8 @@ class Gated(Branch):
 class MeanGate(Branch):
   """`sigmoid(x @ kernel + bias)`, as a rule the mean over a row's real tokens: (B, 1, g).
 
-  The mean looks at the whole row, so a causal model refuses it, and packed rows do; over all tokens,
-  padding included, it is refused in generation alone, for parity with code that does so.
+  The mean looks at the whole row, so a causal model refuses it, and packed rows do; over all
+  tokens, padding included, it is refused in generation alone, for parity with code that does so.
 
   Attributes:
     kernel: (d, g), one column per gate.

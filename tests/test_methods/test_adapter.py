@@ -256,7 +256,7 @@ def test_parallel_ones_start_from_loras_a_and_zero(scaling):
 
 
 def test_two_small_matrices_are_near_the_identity():
-  """|u(x)| <= |W_up| |W_down| |x|; on average sigma² sqrt(m d) |x| for what is linear, below else."""
+  """|u(x)| <= |W_up| |W_down| |x|; on average sigma² sqrt(m d) |x| if linear, else below."""
   model, base = built("llama", "encoder")
   sites = pelt.sites(model, tokens(1, 4))
   params = pelt.adapter("houlsby").init(jax.random.key(0), base, sites)
