@@ -33,7 +33,7 @@ def adapter_fusion(
   place.
 
   The tasks' adapters were trained before, each alone on the frozen model (ST-A), or all together
-  with the model (MT-A); their heads and the new task's are separate (`pelt.train("head")`). The
+  with the model (MT-A, `pelt.unbank`); their heads and the new task's are separate (`pelt.train("head")`). The
   weights s come out by `record="fusion"`, (B, T, N) per place.
 
   Args:
