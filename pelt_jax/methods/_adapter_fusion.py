@@ -33,8 +33,8 @@ def adapter_fusion(
   place.
 
   The tasks' adapters were trained before, each alone on the frozen model (ST-A), or all together
-  with the model (MT-A, `pelt.unbank`); their heads and the new task's are separate (`pelt.train("head")`). The
-  weights s come out by `record="fusion"`, (B, T, N) per place.
+  with the model (MT-A, see `pelt.unbank`); their heads and the new task's are separate
+  (`pelt.train("head")`). The weights s come out by `record="fusion"`, (B, T, N) per place.
 
   Args:
     adapters: by name, params with bottleneck adapters at the same places, of the same widths.

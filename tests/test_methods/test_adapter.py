@@ -216,6 +216,9 @@ def test_counts_are_the_published_ones():
   counts = counted(pelt.adapter("houlsby"), **large, intermediate_size=4096)
   assert counts.trainable == 6_343_680 + 100_352
   assert counted(pelt.adapter("houlsby", train_norms=False), **large).trainable == 6_343_680
+  for m, share in ((8, 0.28), (64, 1.92), (256, 7.56)):
+    counts = counted(pelt.adapter("houlsby", bottleneck=m), **large)
+    assert round(100 * counts.trainable / 335_141_888, 2) == share  # of BERT-large, uncased
   d, m, layers = 768, 384, 12
   assert counted(pelt.adapter("parallel"), **base).trainable == layers * (2 * d * m + m + d)
   learned = counted(pelt.adapter("scaled_parallel", scaling="learned"), **base)
