@@ -97,7 +97,8 @@ def adapter_drop(
     if layers[0].stacked and drop:
       raise ValueError(
         f"drop={drop} takes layers out of the program, but a scan stacks them at "
-        f"{layers[0].path!r}; load the model with scan=False, use to_looped first, or robust=True"
+        f"{layers[0].path!r}; unstack first: models.to_looped(params, model), "
+        "model.clone(scan=False); or take robust=True"
       )
     if drop == count:
       return params

@@ -33,15 +33,15 @@ def adapter_fusion(
   place.
 
   The tasks' adapters were trained before, each alone on the frozen model (ST-A), or all together
-  with the model (MT-A); their heads and the new task's are separate (`pelt.train("head")`). The
-  weights s come out by `record="fusion"`, (B, T, N) per place.
+  with the model (MT-A, see `pelt.unbank`); their heads and the new task's are separate
+  (`pelt.train("head")`). The weights s come out by `record="fusion"`, (B, T, N) per place.
 
   Args:
     adapters: by name, params with bottleneck adapters at the same places, of the same widths.
     static: leave V out.
     regularization: weight of |V - I|².
-    dropout: share of the weights s dropped in training; the released code has the model's own for
-      attention.
+    dropout: share of the weights s dropped in training; none by default. The released code instead
+      drops scores before the softmax, by the model's own rate for attention.
     dtype: dtype of the arrays; by default that of the adapters.
     group: label of the arrays; None freezes them.
 

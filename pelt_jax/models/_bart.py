@@ -259,6 +259,7 @@ class BartForConditionalGeneration(Seq2Seq):
       "attention_block": (Role("self_attn_dropout", "after", "../self_attn:in"),),
       "attention_sum": (Role("self_attn_layer_norm", "around_norm"),),
       "cross_attention_block": (Role("encoder_attn_dropout", "after", "../encoder_attn:in"),),
+      "cross_attention_sum": (Role("encoder_attn_layer_norm", "around_norm"),),
       "ffn": (Role("ffn_dropout", "after", "../fc1:in"),),
       "ffn_sum": (Role("final_layer_norm", "around_norm"),),
       "attention": attention("core", "prefix"),

@@ -101,8 +101,8 @@ class Gated(Branch):
 class MeanGate(Branch):
   """`sigmoid(x @ kernel + bias)`, as a rule the mean over a row's real tokens: (B, 1, g).
 
-  The mean looks at the whole row, so a causal model refuses it; over all tokens, padding included,
-  it is refused in generation alone, for parity with code that does so.
+  The mean looks at the whole row, so a causal model refuses it, and packed rows do; over all
+  tokens, padding included, it is refused in generation alone, for parity with code that does so.
 
   Attributes:
     kernel: (d, g), one column per gate.
@@ -131,6 +131,11 @@ class MeanGate(Branch):
       raise ValueError(
         f"the gate at {call.path!r} is a mean over the row, in which a causal model would see what "
         "comes later; use gate_pool='token'"
+      )
+    if self.mask and call.arg("segment_ids", None) is not None:
+      raise ValueError(
+        f"the gate at {call.path!r} is a mean over the row, which several texts share in a packed "
+        "one; use gate_pool='token', or rows of one text with an attention_mask"
       )
     real = call.arg(self.mask, None) if self.mask else None
     if real is None:

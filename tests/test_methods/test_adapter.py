@@ -13,6 +13,7 @@ from pelt_jax import models, nodes
 from pelt_jax._node import Bypass, Chain
 from pelt_jax._transform import add_bypass
 from pelt_jax._walk import get_at, walk
+from pelt_jax.methods._adapter_drop import without_adapters
 from tests.test_models.helpers import VOCAB, build, built, close, random_params, tokens
 
 LONG = pytest.mark.parity
@@ -61,8 +62,26 @@ def test_zero_up_is_the_base(name, style):
   args = inputs(name)
   kwargs = {"decoder_input_ids": args[2]} if len(args) == 3 else {}
   params = method.init(jax.random.key(1), base, pelt.sites(looped, *args[:1], **kwargs))
-  got = pelt.bypass(looped.apply)({"params": params}, *args[:1], **kwargs)
-  np.testing.assert_array_equal(got, looped.apply({"params": base}, *args[:1], **kwargs))
+  run = pelt.bypass(looped.apply)
+  want = looped.apply({"params": base}, *args[:1], **kwargs)
+  np.testing.assert_array_equal(run({"params": params}, *args[:1], **kwargs), want)
+  if name == "bert":  # compiled, fusion rounds otherwise
+    jitted = (
+      jax.jit(f)({"params": p}, *args[:1]) for f, p in ((run, params), (looped.apply, base))
+    )
+    close(*jitted, 1e-6)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_taken_out_the_base_is_what_it_was(style):
+  model, scanned = built("bert", "encoder")
+  looped, base = model.clone(scan=False), models.to_looped(scanned, model)
+  sites = pelt.sites(looped, tokens(2, 6))
+  method = pelt.adapter(style, train_norms=False, **SMALL)
+  params = moved(method.init(jax.random.key(1), base, sites))
+  bare = without_adapters(params, range(3))
+  assert jax.tree.structure(bare) == jax.tree.structure(base)
+  jax.tree.map(np.testing.assert_array_equal, bare, base)
 
 
 ACT = {
@@ -197,6 +216,9 @@ def test_counts_are_the_published_ones():
   counts = counted(pelt.adapter("houlsby"), **large, intermediate_size=4096)
   assert counts.trainable == 6_343_680 + 100_352
   assert counted(pelt.adapter("houlsby", train_norms=False), **large).trainable == 6_343_680
+  for m, share in ((8, 0.28), (64, 1.92), (256, 7.56)):
+    counts = counted(pelt.adapter("houlsby", bottleneck=m), **large)
+    assert round(100 * counts.trainable / 335_141_888, 2) == share  # of BERT-large, uncased
   d, m, layers = 768, 384, 12
   assert counted(pelt.adapter("parallel"), **base).trainable == layers * (2 * d * m + m + d)
   learned = counted(pelt.adapter("scaled_parallel", scaling="learned"), **base)
@@ -218,6 +240,40 @@ def test_starts(style, spread):
     assert not np.asarray(b.down_bias).any() and not np.asarray(b.up_bias).any()
   paths = [b.down for b in found]
   assert len({float(x.ravel()[0]) for p in paths for x in p}) == sum(len(p) for p in paths)
+
+
+@pytest.mark.parametrize("scaling", [None, "learned", "channel"])
+def test_parallel_ones_start_from_loras_a_and_zero(scaling):
+  """W_down from U(-d^-1/2, d^-1/2), of variance 1/(3 d); s = 4, or what trains from 1."""
+  model, base = built("llama", "encoder")
+  sites = pelt.sites(model, tokens(1, 4))
+  method = pelt.adapter("scaled_parallel", bottleneck=400, scaling=scaling)
+  params = method.init(jax.random.key(0), base, sites)
+  (b,) = (n.branch for _, n in walk(params) if isinstance(n, nodes.After))
+  np.testing.assert_allclose(np.std(b.down), (3 * 32) ** -0.5, rtol=0.02)
+  assert 0.99 * 32**-0.5 < np.abs(b.down).max() <= 32**-0.5
+  assert not any(np.asarray(x).any() for x in (b.down_bias, b.up, b.up_bias))
+  start = b.scaling if scaling is None else b.scaling.value
+  assert start.shape == ((3, 32) if scaling == "channel" else (3,))
+  np.testing.assert_array_equal(start, 4.0 if scaling is None else 1.0)
+
+
+def test_two_small_matrices_are_near_the_identity():
+  """|u(x)| <= |W_up| |W_down| |x|; on average sigma² sqrt(m d) |x| if linear, else below."""
+  model, base = built("llama", "encoder")
+  sites = pelt.sites(model, tokens(1, 4))
+  params = pelt.adapter("houlsby").init(jax.random.key(0), base, sites)
+  (first, *_) = (n.branch for _, n in walk(params) if isinstance(n, nodes.After))
+  b = jax.tree.map(lambda x: x[0], first).replace(stacked=0)
+  x = jax.random.normal(jax.random.key(1), (500, 32))
+  bound = np.linalg.norm(b.down, 2) * np.linalg.norm(b.up, 2)
+  spread = (0.8796 * 0.01) ** 2 * math.sqrt(64 * 32)
+  for activation in ("gelu_tanh", "gelu", "relu", "silu", "tanh", "identity"):
+    u = b.replace(activation=activation)(None, x)
+    share = np.linalg.norm(u, axis=-1) / np.linalg.norm(x, axis=-1)
+    assert share.max() <= bound
+    assert share.mean() < 1.1 * spread
+  np.testing.assert_allclose(share.mean(), spread, rtol=0.1)  # the identity's
 
 
 def test_parallel_with_the_identity_is_a_lora():
@@ -242,6 +298,41 @@ def test_parallel_with_the_identity_is_a_lora():
   lora = {"ffn": {"kernel": kernel, "bias": bias}}
   got, want = (pelt.bypass(model.apply)({"params": p}, x) for p in (params, lora))
   np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@LONG
+def test_pfeiffers_beside_barts_cross_attention():
+  """All three sublayers of a decoder, each with its own norm twice."""
+  with jax.enable_x64(True):
+    model = build("bart", "seq2seq", scan=True, dtype="float64")
+    base, ids, targets = random_params(model), tokens(2, 6), tokens(2, 5)
+    sites = pelt.sites(model, ids, decoder_input_ids=targets)
+    stack = "model/decoder/layers"
+    places = ("self_attn", "encoder_attn", "fc1")
+    outs = ("self_attn_dropout", "encoder_attn_dropout", "ffn_dropout")
+    norms = ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
+    params = base
+    for place in (*places, *outs):
+      params = add_bypass(params, sites, f"{stack}/{place}", Tell(stacked=1))
+    where = ("attention_block", "cross_attention_block", "ffn")
+    method = pelt.adapter("pfeiffer", targets=where, **SMALL)
+    params = moved(method.init(jax.random.key(1), params, sites))
+    _, seen = pelt.bypass(model.apply)(
+      {"params": params}, ids, decoder_input_ids=targets, record=("in", "out")
+    )
+    value = lambda path, side: np.asarray(seen[f"{stack}/{path}"][side])
+    for n in range(3):
+      following = [*(value(p, "in")[n] for p in places[1:])]
+      following += [value(places[0], "in")[n + 1]] if n < 2 else []
+      for i, want in enumerate(following):
+        node = get_at(params, f"{stack}/{norms[i]}/bypass")
+        scale, bias = (
+          np.asarray(_plain(get_at(params, f"{stack}/{norms[i]}/{k}")))[n]
+          for k in ("scale", "bias")
+        )
+        norm = lambda s, a=scale, b=bias: _norm(s, a, b, 1e-5)
+        total = value(places[i], "in")[n] + value(outs[i], "out")[n]
+        close(norm(total + branch(node, norm(total), n)), want, 1e-12)
 
 
 @LONG

@@ -94,6 +94,23 @@ def test_the_backward_pass_ends_above_the_dropped_layers():
   assert counts[0] - counts[1] > 10 and counts[1] - counts[2] > 10
 
 
+def test_a_layer_that_may_be_dropped_has_an_arm_without_a_backward_pass():
+  """Of each layer's two arms, the gradient's program has products in one alone."""
+  _, _, params, apply = adapted(pelt.adapter_drop(0, robust=True, bottleneck=5))
+  trainable, frozen = pelt.partition(params)
+  loss = lambda p: jnp.sum(apply({"params": p}, IDS) ** 2)
+  program = jax.make_jaxpr(lambda t: pelt.value_and_grad(loss)(t, frozen)[1])(trainable)
+  arms = [
+    tuple(sorted(str(arm).count("dot_general") for arm in equation.params["branches"]))
+    for equation in program.eqns
+    if equation.primitive.name == "cond"
+  ]
+  assert len(arms) == 2 * LAYERS
+  forward, backward = arms[:LAYERS], arms[LAYERS:]
+  assert all(fewer > 0 for fewer, _ in forward)
+  assert all(none == 0 and products > 0 for none, products in backward), backward
+
+
 @pytest.mark.parametrize("scan", [pytest.param(False, marks=LONG), True])
 def test_one_program_serves_every_n(scan):
   method = pelt.adapter_drop(0, robust=True, bottleneck=5)
@@ -182,7 +199,7 @@ def test_bad_options(options, match):
 def test_what_does_not_fit_the_model_is_named():
   with pytest.raises(ValueError, match="drop=4, but the model has 3 layers"):
     adapted(pelt.adapter_drop(4))
-  with pytest.raises(ValueError, match="a scan stacks them .* load the model with scan=False"):
+  with pytest.raises(ValueError, match="a scan stacks them .* unstack first: models.to_looped"):
     adapted(pelt.adapter_drop(1), scan=True)
   _, base, params, _ = adapted(pelt.adapter_drop(1, robust=True, bottleneck=5))
   with pytest.raises(ValueError, match="drop=4: expected 0 to 3"):

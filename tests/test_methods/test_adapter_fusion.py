@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import pelt_jax as pelt
-from pelt_jax import nodes, training
+from pelt_jax import models, nodes, training
 from pelt_jax._walk import update_at, walk
 from tests.test_methods.test_adapter import moved
 from tests.test_models.helpers import built, close, tokens
@@ -122,11 +122,53 @@ def test_starts_and_its_regulariser():
   d, layers = 32, 3
   assert branch.value.shape == (layers, d, d)
   np.testing.assert_allclose(branch.value[1], np.eye(d) + 1e-6 * (1 - np.eye(d)), atol=1e-9)
+  drawn = [x for matrix in (branch.query, branch.key) for x in matrix]
+  for i, matrix in enumerate(drawn):  # of every layer their own
+    np.testing.assert_allclose(np.std(matrix), 0.02, rtol=0.1)
+    assert all(np.abs(matrix - other).max() > 1e-2 for other in drawn[:i])
+  assert not np.asarray(branch.query_bias).any() and not np.asarray(branch.key_bias).any()
   np.testing.assert_allclose(pelt.penalty(params), 0.01 * layers * d * (d - 1) * 1e-12, rtol=0.02)
   moved_ = with_fields(params, value=lambda v: v + 0.5)
   np.testing.assert_allclose(pelt.penalty(moved_), 0.01 * layers * d * d * 0.25, rtol=1e-3)
   none = fused(static=True)[1]
   assert pelt.penalty(none) == 0.0 and pelt.count(none).trainable == layers * (2 * d * d + 2 * d)
+
+
+def test_the_regularisers_gradient():
+  """2 * 0.01 (V - I), and nothing for queries and keys."""
+  _, params, _, _ = fused()
+  params = with_fields(params, value=lambda v: v + 0.25)
+  _, grads = pelt.value_and_grad(pelt.penalty)(*pelt.partition(params))
+  ((_, branch),) = fusions(grads).items()
+  np.testing.assert_allclose(branch.value, 0.02 * 0.25, rtol=1e-4)
+  assert not np.asarray(branch.query).any() and not np.asarray(branch.key_bias).any()
+
+
+def test_counts_are_the_published_ones():
+  """1,771,008 a layer and 21,252,096 in all on BERT-base."""
+  config = {"model_type": "bert", "vocab_size": 7, "max_position_embeddings": 8}
+  config |= {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+  model = models.from_config(config, task="encoder", scan=True)
+  ids = jnp.zeros((1, 4), jnp.int32)
+  base, sites = jax.eval_shape(model.init, jax.random.key(0), ids)["params"], pelt.sites(model, ids)
+
+  def init(base):
+    alone = pelt.adapter("pfeiffer").init(jax.random.key(0), base, sites)
+    return pelt.adapter_fusion({"a": alone, "b": alone}).init(jax.random.key(1), base, sites)
+
+  count = pelt.count(jax.eval_shape(init, base))
+  assert count.trainable == 12 * 1_771_008 == 21_252_096
+  assert count.stored == 21_252_096 + 2 * 894_528
+
+
+@LONG
+def test_dropout_of_the_weights_is_of_training():
+  _, params, _, apply = fused(dropout=0.5)
+  run = lambda seed, train: apply(
+    {"params": params}, tokens(2, 6), train_nodes=train, rngs={"dropout": jax.random.key(seed)}
+  )
+  np.testing.assert_array_equal(run(0, False), run(1, False))
+  assert np.abs(run(0, True) - run(1, True)).max() > 1e-3
 
 
 def test_stage_two_trains_queries_keys_and_values_alone():
@@ -153,8 +195,6 @@ def test_stage_two_trains_queries_keys_and_values_alone():
 
 @LONG
 def test_looped_saved_and_refused_by_merge(tmp_path):
-  from pelt_jax import models
-
   model, params, _, apply = fused()
   ids = tokens(2, 6)
   want = jax.jit(apply)({"params": params}, ids)

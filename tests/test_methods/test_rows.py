@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import pelt_jax as pelt
-from pelt_jax import models
-from pelt_jax._walk import update_at
+from pelt_jax import models, training
+from pelt_jax._walk import get_at, update_at
 from tests.test_methods.test_adapter import moved
 from tests.test_models.helpers import built, close, tokens
 
@@ -78,6 +79,77 @@ def test_compositions_of_every_task(name, style):
   for row, task in enumerate(rows):
     close(mixed[row], own[task][row], 1e-5)
   assert np.abs(own[0] - own[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize(("name", "style", "mode"), [
+  pytest.param(*case, marks=[] if case == ("bert", "own norm", "scan") else [LONG])
+  for case in ((n, s, m) for n in ("bert", "llama") for s in ADAPTERS for m in ("scan", "loop"))
+])  # fmt: skip
+def test_a_bank_is_taken_apart(name, style, mode):
+  """Members of their own numbers, widened by zeros; the base below them."""
+  model, some = tasks(name, style, mode == "scan")
+  base, members = pelt.unbank(pelt.bank(some))
+  assert len(members) == 3
+  plain = jax.tree.map(jnp.shape, model.init(jax.random.key(0), tokens(4, 6))["params"])
+  assert jax.tree.map(jnp.shape, base) == plain
+  apply, ids = jax.jit(pelt.bypass(model.apply)), tokens(4, 6)
+  for task, member in zip(some.values(), members, strict=True):
+    close(apply({"params": member}, ids), apply({"params": task}, ids), 1e-6)
+  widest = members[2]  # no zeros
+  assert jax.tree.structure(widest) == jax.tree.structure(some["wnut"])
+  jax.tree.map(np.testing.assert_array_equal, widest, some["wnut"])
+
+
+@LONG
+def test_stacks_and_prefixes_of_a_bank_are_taken_apart():
+  model, some = tasks("bert", "pfeiffer")
+  one, two, three = some.values()
+  prefix = pelt.prefix_tuning(2, reparametrize=False, shift_positions=False)
+  sites = pelt.sites(model, tokens(4, 6))
+  made = [pelt.stack({"a": a, "b": b}, head="a") for a, b in ((one, two), (one, three))]
+  made = [prefix.init(jax.random.key(i), p, sites) for i, p in enumerate(made)]
+  _, members = pelt.unbank(pelt.bank(made))
+  apply, ids = jax.jit(pelt.bypass(model.apply)), tokens(4, 6)
+  for task, member in zip(made, members, strict=True):
+    close(apply({"params": member}, ids), apply({"params": task}, ids), 1e-6)
+
+
+def test_multi_task_training_moves_what_tasks_share_and_fuses_after():
+  """MT-A: the model and every task's adapters at once; then each alone, and their fusion."""
+  model, some = tasks("bert", "pfeiffer")
+  sites, ids = pelt.sites(model, tokens(4, 6)), tokens(4, 6)
+  both = pelt.train("*").init(jax.random.key(0), pelt.bank(some), sites)
+  whole = sum(x.size for x in jax.tree.leaves(pelt.unbank(pelt.bank(some))[0]))
+  head = 5 * 32 + 5
+  assert pelt.count(both).trainable == pelt.count(pelt.bank(some)).trainable + whole - head
+
+  def loss(apply, params, batch, key):
+    return jnp.mean((apply({"params": params}, batch["ids"], rows=batch["rows"]) - 1) ** 2)
+
+  apply = pelt.bypass(model.apply)
+  train = training.train_step(apply, loss, optax.sgd(1e-2))
+  trainable, frozen, state = train.init(both)
+  batch = {"ids": ids, "rows": jnp.array([2, 0, 0, 2])}
+  new, _, _ = jax.jit(train.step)(trainable, frozen, state, batch, jax.random.key(0))
+  trained = pelt.combine(new, frozen)
+  base, members = pelt.unbank(trained)
+  kernel = lambda tree: tree["bert"]["encoder"]["layer"]["intermediate"]["dense"]["kernel"]
+  up = lambda tree: get_at(tree, "bert/encoder/layer/output/LayerNorm/bypass").branch.up
+  assert np.abs(kernel(base) - kernel(some["sst2"])).max() > 1e-6
+  moved_by = [
+    np.abs(up(m) - up(o)).max() for m, o in zip(members, pelt.unbank(both)[1], strict=True)
+  ]
+  assert moved_by[1] == 0.0 and min(moved_by[0], moved_by[2]) > 1e-6  # no row was of the second
+  mixed = apply({"params": trained}, ids, rows=ROWS)
+  for row, task in enumerate(ROWS):
+    np.testing.assert_array_equal(kernel(members[task]), kernel(base))  # frozen from here on
+    close(mixed[row], apply({"params": members[task]}, ids)[row], 1e-5)
+  fusion = pelt.adapter_fusion(dict(zip(NAMES, members, strict=True)))
+  fused = pelt.chain(fusion, pelt.train("head")).init(jax.random.key(1), base, sites)
+  assert pelt.count(fused).trainable == 3 * (3 * 32 * 32 + 2 * 32) + head
+  assert np.isfinite(np.asarray(apply({"params": fused}, ids))).all()
+  with pytest.raises(ValueError, match="params hold no bank"):
+    pelt.unbank(base)
 
 
 def test_what_one_bank_cannot_hold_is_named():

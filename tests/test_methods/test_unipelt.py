@@ -44,6 +44,20 @@ def test_gates_without_weights_are_a_half():
     np.testing.assert_array_equal(gate, 0.5)
 
 
+def test_starts():
+  """Kernels N(0, 0.02²), each gate and layer its own, biases zero; ours read the mask."""
+  model, base = built("bert", "encoder")
+  sites = pelt.sites(model, tokens(2, 6), MASK)
+  gates = gates_of(pelt.unipelt(**SMALL).init(jax.random.key(1), base, sites))
+  assert len(gates) == 4 and {(g.mask, g.pool) for g in gates} == {("attention_mask", "mean")}
+  drawn = [kernel for g in gates for kernel in g.kernel]
+  assert len(drawn) == 4 * 3 and {k.shape for k in drawn} == {(32, 1)}
+  np.testing.assert_allclose(np.std(drawn), 0.02, rtol=0.15)
+  apart = [np.abs(a - b).max() for i, a in enumerate(drawn) for b in drawn[:i]]
+  assert min(apart) > 1e-2
+  assert not any(np.asarray(g.bias).any() for g in gates)
+
+
 def gates_of(params):
   is_gate = lambda x: isinstance(x, nodes.MeanGate)
   found = (leaf for _, v in walk(params) for leaf in jax.tree.leaves(v, is_leaf=is_gate))
@@ -179,6 +193,19 @@ def test_a_causal_model_refuses_the_mean_and_stays_causal_by_token():
   close(apply({"params": params}, ids)[:, :4], apply({"params": params}, ids[:, :4]), 5e-6)
 
 
+def test_packed_rows_refuse_the_mean():
+  """Several texts in a row would share one gate, and padding count."""
+  segments = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2]])
+  _, _, params, apply = unified()
+  with pytest.raises(
+    ValueError, match=r"several texts share in a packed one; use gate_pool='token"
+  ):
+    apply({"params": params}, tokens(2, 6), segment_ids=segments)
+  _, _, params, apply = unified(gate_pool="token")
+  out = apply({"params": params}, tokens(2, 6), segment_ids=segments)
+  assert np.isfinite(np.asarray(out)).all()
+
+
 @LONG
 def test_gpt2s_joint_projection_has_a_gate_per_part():
   _, _, params, apply = unified("gpt2", gate_pool="token", fused=((0, 2), 3))
@@ -204,6 +231,35 @@ def test_counts_are_the_published_ones():
   # GLUE's MAM: l = r = 16, biases of the branch and the released code's MLP apart.
   glue = counted(pelt.mam(16, bottleneck=16, scaling=2.0))
   assert glue.stored == 12 * (2 * 16 * 768 + 2 * 16 * 768 + 16 + 768)
+
+
+def test_the_tables_sizes_on_bart_large():
+  """MAM's defaults are 6.7 %, of which biases and the prefixes' MLPs are no part."""
+  d, layers = 1024, 12
+  config = {"model_type": "bart", "vocab_size": 7, "max_position_embeddings": 8, "d_model": d}
+  for part in ("encoder", "decoder"):
+    config |= {f"{part}_layers": layers, f"{part}_attention_heads": 16, f"{part}_ffn_dim": 4 * d}
+  model = models.from_config(config, task="seq2seq", scan=True)
+  ids = jnp.zeros((1, 4), jnp.int32)
+  init = lambda key: model.init(key, ids, decoder_input_ids=ids)
+  base = jax.eval_shape(init, jax.random.key(0))["params"]
+  sites = pelt.sites(model, ids, decoder_input_ids=ids)
+
+  def counted(method):
+    return pelt.count(jax.eval_shape(lambda p: method.init(jax.random.key(0), p, sites), base))
+
+  biases = lambda r: 2 * layers * (r + d)
+  attention, ffn = 3 * layers, 2 * layers
+  assert counted(pelt.mam()).stored == 27_377_664 + biases(512)
+  assert 2 * 30 * d * attention + 2 * 512 * d * ffn == 27_377_664
+  mlp = d * 800 + 800 + 800 * (2 * layers * d) + 2 * layers * d + 30 * d  # one for each part
+  assert counted(pelt.mam()).trainable == 3 * mlp + 2 * 512 * d * ffn + biases(512)
+  assert counted(pelt.prefix_tuning(200)).stored == 14_745_600
+  parallel = counted(pelt.adapter("parallel", bottleneck=1024)).stored
+  assert parallel == 2 * 1024 * d * ffn + biases(1024)
+  query_value = pelt.lora(8, targets=("query", "value"))
+  assert counted(query_value).stored == 4 * 8 * d * attention
+  assert counted(pelt.lora(102, targets=("ffn_in", "ffn_out"))).stored == 10 * 102 * d * ffn
 
 
 @LONG

@@ -189,7 +189,7 @@ ROLES = {
     "query": 8, "key": 8, "value": 8, "attention_out": 8, "ffn_in": 5, "ffn_out": 5, "ffn": 5,
     "attention": 8, "embedding": 1, "norm": 15, "positions": 2,
     "attention_heads": 8, "layer": 5, "attention_block": 5, "cross_attention_block": 3,
-    "attention_sum": 5, "ffn_sum": 5,
+    "attention_sum": 5, "cross_attention_sum": 3, "ffn_sum": 5,
   },
 }  # fmt: skip
 
