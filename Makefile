@@ -12,8 +12,10 @@ ifneq ($(wildcard ../shared/models/smollm2.py),)
 PARITY_HAS := $(PARITY_HAS),smollm2
 endif
 FLAX_HAS := flax_transformers,gemma,torch,peft,adapters
-# Small programs that run once, as in the fast suite; the other parity tests train or count.
-SMALL := $(addprefix tests/test_,core interop methods models)
+# Small programs that run once, as in the fast suite; the other parity tests train, count, or run
+# real models.
+REAL := tests/test_models/test_parity.py tests/test_interop/test_training.py
+SMALL := $(filter-out $(REAL),$(wildcard $(addsuffix /test_*.py,$(addprefix tests/test_,interop methods models))))
 HUB := $(wildcard tests/test_foreign/test_adapterhub*.py) tests/test_foreign/test_compositions.py
 UNOPTIMIZED := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 

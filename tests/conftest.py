@@ -1,5 +1,6 @@
 """Settings and fixtures of the whole suite."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -18,6 +19,9 @@ import jaxtyping
 import pytest
 
 from tests import support
+
+# Traced programs stay alive, and to walk through all of them again and again takes 15 % of the time.
+gc.set_threshold(100_000, 50, 50)
 
 # Silent promotion of dtypes or ranks hides mistakes that only show in bfloat16 or on odd shapes.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

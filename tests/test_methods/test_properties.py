@@ -41,6 +41,7 @@ PAIRS = [
   pytest.param(name, mode, marks=[] if name in SHORT and mode in ("loop", "scan") else [LONG])
   for name in METHODS
   for mode in MODES
+  if name in SHORT or "remat" not in mode
 ]
 table = pytest.mark.parametrize(("name", "mode"), PAIRS)
 GOLDEN = pathlib.Path(__file__).with_name("golden.json")
