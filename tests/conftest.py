@@ -20,7 +20,7 @@ import pytest
 
 from tests import support
 
-# Traced programs stay alive, and to walk through all of them again and again takes 15 % of the time.
+# Traced programs stay alive; walking through all of them again and again costs 15 % of the time.
 gc.set_threshold(100_000, 50, 50)
 
 # Silent promotion of dtypes or ranks hides mistakes that only show in bfloat16 or on odd shapes.
