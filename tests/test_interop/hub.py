@@ -61,9 +61,10 @@ STORED = [
   ("bert", "prefix"),
   ("bert", "mam"),
   ("bert", "unipelt"),
+  ("bert", "parallel"),
   ("bert", "fusion"),
-  ("gpt2", "unipelt"),
-  ("t5", "pfeiffer"),
+  *(("gpt2", case) for case in ("pfeiffer", "houlsby", "parallel", "mam", "unipelt", "fusion")),
+  *(("t5", case) for case in ("pfeiffer", "houlsby", "parallel", "fusion")),
 ]
 
 
@@ -73,6 +74,11 @@ def read_base(family: str, folder: pathlib.Path, **options):
     return models.from_pretrained(folder, task="seq2seq", dtype="float64", **options)
   options = {"task": "classification", "num_labels": len(LABELS), **options}
   return models.from_pretrained(folder, dtype="float64", **options)
+
+
+def cotangent(shape) -> np.ndarray:
+  """What logits are multiplied by before they are summed up to a loss."""
+  return np.random.default_rng(0).normal(size=shape)
 
 
 def logits(model, params, *, ids=IDS, mask=MASK):

@@ -3,11 +3,13 @@
     python -m tests.test_interop.make_hub_values
 
 It needs `adapters` and torch. A family's base lies in `data_hub/FAMILY/base`, and every case of
-`hub.STORED` in a folder beside it, with AdapterHub's own files and `logits.npy`. All that trains is
-drawn anew from N(0, 0.3²), since what is zero at first would hide errors.
+`hub.STORED` in a folder beside it, with AdapterHub's own files and `logits.npy`; `gradients` holds
+the same files with the gradients of `sum(logits * hub.cotangent)`. All that trains is drawn anew
+from N(0, 0.3²), since what is zero at first would hide errors.
 """
 
 import importlib
+import os
 import pathlib
 import shutil
 import warnings
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests.test_interop.hub import CONFIGS, DATA, IDS, LABELS, LENGTH, MASK, STORED
+from tests.test_interop.hub import CONFIGS, DATA, IDS, LABELS, LENGTH, MASK, STORED, cotangent
 
 MODELS = {
   "bert": "BertAdapterModel",
@@ -106,6 +108,11 @@ def add(model, family: str, case: str) -> None:
     model.add_prediction_head_from_config(case, config)
   model.double().eval()
   torch.manual_seed(1)
+  draw(added(model))
+
+
+def added(model):
+  """Names and parameters of what `add` put into a model."""
   keys = (
     ".adapters.",
     "adapter_fusion_layer.",
@@ -114,7 +121,7 @@ def add(model, family: str, case: str) -> None:
     ".loras.",
     "heads.",
   )
-  draw((n, p) for n, p in model.named_parameters() if any(k in n for k in keys))
+  return [(n, p) for n, p in model.named_parameters() if any(k in n for k in keys)]
 
 
 def save(model, case: str, folder: pathlib.Path) -> None:
@@ -138,23 +145,41 @@ def load(model, case: str, folder: pathlib.Path) -> None:
   model.double().eval()
 
 
-def logits(model) -> np.ndarray:
+def forward(model) -> torch.Tensor:
   ids, mask = torch.tensor(IDS), torch.tensor(MASK)
   given = {"decoder_input_ids": ids.flip(1)} if model.config.model_type == "t5" else {}
+  return model(input_ids=ids, attention_mask=mask, **given).logits
+
+
+def logits(model) -> np.ndarray:
   with torch.no_grad():
-    return model(input_ids=ids, attention_mask=mask, **given).logits.numpy()
+    return forward(model).numpy()
+
+
+def to_gradients(model) -> None:
+  """Puts the gradients of what was added in its place."""
+  for _, p in added(model):
+    p.requires_grad_()
+  out = forward(model)
+  (out * torch.tensor(cotangent(out.shape))).sum().backward()
+  with torch.no_grad():
+    for _, p in added(model):
+      p.copy_(p.grad)
 
 
 def main() -> None:
+  os.chdir(DATA)  # the files name the folder of the base
   for family in sorted({f for f, _ in STORED}):
-    shutil.rmtree(DATA / family, ignore_errors=True)
-    make_base(family, DATA / family / "base")
+    shutil.rmtree(family, ignore_errors=True)
+    make_base(family, pathlib.Path(family, "base"))
   for family, case in STORED:
-    model = read_base(family, DATA / family / "base")
+    model = read_base(family, pathlib.Path(family, "base"))
     add(model, family, case)
-    folder = DATA / family / case
+    folder = pathlib.Path(family, case)
     save(model, case, folder)
     np.save(folder / "logits.npy", logits(model))
+    to_gradients(model)
+    save(model, case, folder / "gradients")
     print(family, case, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
 
 

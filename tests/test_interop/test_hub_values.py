@@ -50,6 +50,31 @@ def test_logits_are_adapterhubs_and_what_is_written_again_is_the_same(family, ca
     same(params, adapterhub.load(tmp_path, model, base, sites=sites))
 
 
+@pytest.mark.parametrize(("family", "case"), some("houlsby"))
+def test_gradients_are_adapterhubs(family, case):
+  folder = hub.DATA / family / case
+  with jax.enable_x64(True):
+    model, base, sites = base_of(family)
+    params = adapterhub.load(folder, model, base, sites=sites)
+    trainable, frozen = pelt.partition(params)
+
+    def loss(params):
+      out = hub.logits(model, params)
+      return (out * hub.cotangent(out.shape)).sum()
+
+    _, grads = jax.jit(pelt.value_and_grad(loss))(trainable, frozen)
+    want = adapterhub.load(folder / "gradients", model, base, sites=sites)
+    want = pelt.partition(want)[0]
+    assert jax.tree.structure(grads) == jax.tree.structure(want)
+    for (path, one), other in zip(
+      jax.tree.leaves_with_path(grads), jax.tree.leaves(want), strict=True
+    ):
+      if path[-1].name == "key_bias":  # it moves all scores alike, which the softmax takes away
+        assert np.abs(one).max() < 1e-14 > np.abs(other).max()
+      else:
+        close(one, other, 1e-9)  # smaller ones are differences of larger terms
+
+
 @pytest.mark.parametrize(("family", "case"), some("pfeiffer"))
 def test_a_scanned_model_computes_the_same_and_writes_the_same_bytes(family, case, tmp_path):
   folder = hub.DATA / family / case
