@@ -12,10 +12,9 @@ ifneq ($(wildcard ../shared/models/smollm2.py),)
 PARITY_HAS := $(PARITY_HAS),smollm2
 endif
 FLAX_HAS := flax_transformers,gemma,torch,peft,adapters
-# Small programs that run once, as in the fast suite; the other parity tests train, count, or run
-# real models.
-REAL := tests/test_models/test_parity.py tests/test_interop/test_training.py
-SMALL := $(filter-out $(REAL),$(wildcard $(addsuffix /test_*.py,$(addprefix tests/test_,interop methods models))))
+# Most programs are small and run once, as in the fast suite: only those are optimized that run real
+# models, are counted, or are compared bit by bit.
+OPTIMIZED := tests/test_compiled tests/test_core/test_tree.py tests/test_models/test_parity.py
 HUB := $(wildcard tests/test_foreign/test_adapterhub*.py) tests/test_foreign/test_compositions.py
 UNOPTIMIZED := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
@@ -30,9 +29,9 @@ test: $(VENV)/test.stamp
 
 test-parity: $(VENV)/parity.stamp $(FLAX)/test.stamp
 	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(PARITY_HAS)" $(UNOPTIMIZED) \
-	  $(VENV)/bin/python $(PYTEST) -m parity $(SMALL)
+	  $(VENV)/bin/python $(PYTEST) -m parity $(addprefix --ignore=,tests/test_foreign $(OPTIMIZED))
 	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(PARITY_HAS)" \
-	  $(VENV)/bin/python $(PYTEST) -m parity $(SMALL:%=--ignore=%) --ignore=tests/test_foreign
+	  $(VENV)/bin/python $(PYTEST) -m parity $(OPTIMIZED)
 	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(FLAX_HAS)" $(UNOPTIMIZED) \
 	  $(FLAX)/bin/python $(PYTEST) -m parity $(HUB)
 	PELT_JAX_REQUIRE="$(PELT_JAX_REQUIRE),$(FLAX_HAS)" \
