@@ -3,6 +3,7 @@
 from pelt_jax import interop as interop
 from pelt_jax import models as models
 from pelt_jax import nodes as nodes
+from pelt_jax import quantization as quantization
 from pelt_jax import training as training
 from pelt_jax._linen import bypass as bypass
 from pelt_jax._linen_sites import sites as sites
@@ -43,6 +44,8 @@ from pelt_jax.methods._gradnorm import gradnorm_layers as gradnorm_layers
 from pelt_jax.methods._gradnorm import gradnorm_prune as gradnorm_prune
 from pelt_jax.methods._lora import lora as lora
 from pelt_jax.methods._mam import mam as mam
+from pelt_jax.methods._nf4 import nf4 as nf4
+from pelt_jax.methods._nf4 import qlora as qlora
 from pelt_jax.methods._p_tuning import p_tuning as p_tuning
 from pelt_jax.methods._prefix_tuning import p_tuning_v2 as p_tuning_v2
 from pelt_jax.methods._prefix_tuning import prefix_from as prefix_from

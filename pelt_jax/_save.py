@@ -66,7 +66,7 @@ def load(folder: str | os.PathLike, base: dict) -> dict:
 
   Args:
     folder: what `save` wrote.
-    base: the plain params the adapter was made for.
+    base: the plain params the adapter was made for; or those quantized as they were then.
 
   Returns:
     Params with nodes.
@@ -81,7 +81,8 @@ def load(folder: str | os.PathLike, base: dict) -> dict:
   if isinstance(folder, Mapping):
     raise TypeError("load takes (folder, base); the first argument is a tree: are they swapped?")
   folder = pathlib.Path(folder)
-  if held := [path for path, value in walk(base) if isinstance(value, Node)]:
+  nodes = ((path, value) for path, value in walk(base) if isinstance(value, Node))
+  if held := [path for path, node in nodes if "derived" not in node.kinds.values()]:
     raise ValueError(f"base holds nodes at {held[:4]}; pass the plain params of the model")
   index = _read_index(folder)
   known = {path for path, _ in walk(base)}
@@ -143,6 +144,10 @@ def _other_dtype(folder: pathlib.Path, path: str, identity: dict, leaf: Any) -> 
   """Whether a leaf of the base has another dtype than when saved; raises if it is another leaf."""
   if leaf is None:
     raise ValueError(f"{folder} was saved for another base: this one has no leaf {path!r}")
+  if isinstance(leaf, Node):
+    raise ValueError(
+      f"{folder} was saved for a base with a plain {path!r}, which is a {type(leaf).__name__} here"
+    )
   leaf = strip(leaf)
   if list(leaf.shape) != identity["shape"]:
     raise ValueError(
@@ -212,7 +217,10 @@ def _build(node: dict, path: str, arrays: dict, below: Any) -> Node:
   fields = {n: value(e) for n, e in node["fields"].items()}
   built = cls(**fields, **{n: _static(v) for n, v in node["static"].items()})
   if any(e == "derived" for e in node["fields"].values()):
-    built = built.rebuild(strip(below))
+    try:
+      built = built.rebuild(strip(below))
+    except ValueError as error:
+      raise ValueError(f"the adapter was saved for another base: {path!r}: {error}") from error
   return built
 
 
