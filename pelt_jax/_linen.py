@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import tracers
 
 from pelt_jax import _call
@@ -95,6 +96,7 @@ def bypass(apply: Callable) -> Callable:
     if GENERATORS in params:
       params = fold(params)
     variables = {**variables, "params": params}
+    rows = np.asarray(rows) if isinstance(rows, list | tuple) else rows
     record = (record,) if isinstance(record, str) else tuple(record)
     mutable = kwargs.get("mutable", False)
     if record:

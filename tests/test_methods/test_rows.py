@@ -178,6 +178,6 @@ def test_what_one_bank_cannot_hold_is_named():
   for rows in (["one", "two"], np.zeros(2)):
     with pytest.raises(ValueError, match="rows has dtype .* as integers"):
       apply({"params": banked}, ids, rows=rows)
-  assert apply({"params": banked}, ids, rows=[0, 1]).shape == (2, model.num_labels)
+  assert apply({"params": banked}, ids, rows=[0, 1]).shape[0] == 2
   with pytest.raises(ValueError, match="so leave rows out"):
     pelt.parallel(pelt.bypass(model.apply))({"params": banked}, tokens(2, 6), rows=np.array([0, 1]))
