@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import tracers
 
 from pelt_jax import _call
@@ -27,7 +28,8 @@ from pelt_jax._node import (
 )
 from pelt_jax._rules import rule_for
 from pelt_jax._tree import fold
-from pelt_jax._walk import update_at, walk
+from pelt_jax._walk import every_node, update_at, walk
+from pelt_jax.nodes._bank import members_of
 
 _KEYWORDS = ("rows", "train_nodes", "record")
 _SOWN = "pelt:"  # prefix of the names under which recorded values travel
@@ -56,7 +58,8 @@ def bypass(apply: Callable) -> Callable:
 
   Raises:
     TypeError: if `apply` is not callable, or its module has an argument with one of the names.
-    ValueError: when run, if a bypass node's module was called and the node did not run.
+    ValueError: when run, if a bypass node's module was called and the node did not run, or `rows`
+      is given for adapters that are in no bank.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, pelt_jax as pelt
@@ -85,9 +88,15 @@ def bypass(apply: Callable) -> Callable:
   def run(variables, *args, rows=None, train_nodes=None, record=(), **kwargs):
     params = variables.get("params", {})
     nodes = [path for path, value in walk(params) if isinstance(value, Bypass)]
+    if rows is not None and members_of(params) is None and any(True for _ in every_node(params)):
+      raise ValueError(
+        "rows: it chooses among the members of a bank, and params hold none; make one by "
+        "pelt.bank(tasks)"
+      )
     if GENERATORS in params:
       params = fold(params)
     variables = {**variables, "params": params}
+    rows = np.asarray(rows) if isinstance(rows, list | tuple) else rows
     record = (record,) if isinstance(record, str) else tuple(record)
     mutable = kwargs.get("mutable", False)
     if record:

@@ -25,6 +25,7 @@ def parallel(apply: Callable) -> Callable:
     where they train. Arguments whose first axis is the batch are repeated.
 
   Raises:
+    TypeError: if `apply` is not callable.
     ValueError: when it runs, if params hold no bank, or `rows` is given.
 
   Example:
@@ -35,6 +36,11 @@ def parallel(apply: Callable) -> Callable:
     >>> pelt.parallel(pelt.bypass(model.apply))({"params": both}, x)[..., 0].tolist()
     [[3.0, 3.0], [5.0, 5.0]]
   """
+  if not callable(apply):
+    raise TypeError(
+      f"apply must be pelt.bypass(model.apply), got {type(apply).__name__}; the tasks go into "
+      "pelt.bank, whose params the function takes"
+    )
 
   @functools.wraps(apply)
   def run(variables: Any, inputs: jax.Array | np.ndarray, *args: Any, **kwargs: Any) -> Any:

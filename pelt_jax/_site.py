@@ -132,8 +132,8 @@ def find(sites: tuple[Site, ...], targets: Targets, *, kind: str, layers=None) -
     layers: None for all layers, else the layer numbers to keep.
 
   Raises:
-    ValueError: if a target matches nothing, naming the nearest paths; if `layers` is given for
-      layers that are stacked by a scan, where one program serves them all.
+    ValueError: if a target matches nothing, naming the nearest paths; if `layers` is empty, or
+      given for layers that are stacked by a scan, where one program serves them all.
   """
   targets = (targets,) if isinstance(targets, str) else tuple(targets)
   if not targets:
@@ -150,7 +150,11 @@ def find(sites: tuple[Site, ...], targets: Targets, *, kind: str, layers=None) -
     for hit in hits:
       found.setdefault(hit.site.path, hit)
   picked = [found[s.path] for s in sites if s.kind == kind and s.path in found]
-  return picked if layers is None else _of_layers(picked, tuple(layers), targets)
+  if layers is None:
+    return picked
+  if isinstance(layers, int) or not (layers := tuple(layers)):
+    raise ValueError(f"layers must be at least one layer number, such as [0, 1]; got {layers!r}")
+  return _of_layers(picked, layers, targets)
 
 
 def _hit(site: Site, target: str, by_role: bool) -> Target | None:

@@ -160,7 +160,10 @@ def merge(params: Mapping[str, Any]) -> dict:
     if isinstance(value, Bypass | Weight) and (why := value.unmergeable()):
       stuck.append(f"{path}: {why}")
   if stuck:
-    raise ValueError("these nodes cannot be merged into plain params:\n  " + "\n  ".join(stuck))
+    raise ValueError(
+      "these nodes cannot be merged into plain params; run them by pelt.bypass(model.apply), keep "
+      "them by pelt.save:\n  " + "\n  ".join(stuck)
+    )
   return _map_nodes(_plain, params)
 
 

@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pelt_jax._node import Bypass
 from pelt_jax._site import Site
+from pelt_jax._walk import walk
 from pelt_jax.interop._hub_export import adapter_part
 from pelt_jax.interop._hub_files import (
   ADAPTER,
@@ -27,6 +29,7 @@ from pelt_jax.interop._hub_load import load_adapter
 from pelt_jax.interop._hub_names import family
 from pelt_jax.interop._peft import check_order
 from pelt_jax.models._safetensors import write_atomically
+from pelt_jax.nodes._bank import members_of
 
 
 def load(
@@ -96,6 +99,11 @@ def load(
     (8, 2)
   """
   check_order("load(folder, model, base)", base, model)
+  if held := [path for path, value in walk(base) if isinstance(value, Bypass)]:
+    raise ValueError(
+      f"load(folder, model, base): base holds nodes of a method at {held[:4]}; pass the model's "
+      "own params. Several adapters compose by name: pelt.stack, pelt.average, pelt.bank"
+    )
   family(model)
   folder = pathlib.Path(folder)
   if not folder.is_dir():
@@ -203,6 +211,8 @@ def export(
     (True, 4)
   """
   check_order("export(folder, params, model)", params, model)
+  if members_of(dict(params)) is not None:
+    raise ValueError("params hold a bank; export its members one by one, pelt.unbank(params)[1]")
   family(model)
   _check_name(name)
   folder = pathlib.Path(folder)

@@ -54,6 +54,8 @@ def read_json(file: pathlib.Path, *needed: str) -> dict[str, Any]:
     raw = json.loads(file.read_text(encoding="utf-8"))
   except ValueError as error:
     raise ValueError(f"{file} is damaged: {error}") from error
+  if isinstance(raw, dict) and "peft_type" in raw:
+    raise ValueError(f"{file} is of PEFT: use pelt.interop.peft.load")
   if not isinstance(raw, dict) or (gone := [k for k in needed if k not in raw]):
     raise ValueError(f"{file} is damaged: it lacks the fields {gone if raw else needed}")
   return raw

@@ -8,7 +8,7 @@ import numpy as np
 from pelt_jax._node import strip
 from pelt_jax.interop._hub_config import WRITTEN, Config, LoraConfig, PrefixConfig
 from pelt_jax.interop._hub_names import LOCATIONS, count_layers
-from pelt_jax.nodes import MeanGate
+from pelt_jax.nodes import Closable, MeanGate
 
 
 def at_layer(value: Any, index: int | None) -> np.ndarray:
@@ -46,6 +46,9 @@ class Notes:
 
   def gate(self, path: str, gate: Any) -> bool:
     """Whether a gate can be written."""
+    if isinstance(gate, Closable):
+      self.problem(path, "its gate can be closed; use pelt.prune_gates first")
+      return False
     if not isinstance(gate, MeanGate) or gate.pool != "mean":
       self.problem(path, "its gate is no mean over the row, as AdapterHub's are (gate_pool)")
       return False

@@ -57,6 +57,8 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(raw["peft_type"], str):
       raise TypeError(f"peft_type is {raw['peft_type']!r}")
   except (ValueError, KeyError, TypeError) as error:
+    if isinstance(error, KeyError) and "config" in raw:
+      raise ValueError(f"{file} is of AdapterHub: use pelt.interop.adapterhub.load") from None
     raise ValueError(f"{file} is damaged: {error!r}") from error
   return raw
 

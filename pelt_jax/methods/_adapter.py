@@ -164,6 +164,11 @@ def adapter(
     return made
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
+    if isinstance(bottleneck, Mapping):
+      have = {t.site.layer for t in _placed(sites, where, reads, None) if not t.site.stacked}
+      if have and (odd := [layer for layer in bottleneck if layer not in have]):
+        have = sorted(layer for layer in have if layer is not None)
+        raise ValueError(f"bottleneck names layers {odd}; {where!r} is in layers {have}")
     for target in _placed(sites, where, reads, layers):
       site, (make, fields) = target.site, _placement(target, style, reads)
       inside = branch(site_key(key, site.path), site, *_widths(make, fields.get("tap"), site))
@@ -189,6 +194,9 @@ def _check_options(
     raise ValueError(f"tap={tap!r} is for parallel styles; {style!r} reads the sublayer's output")
   if isinstance(scaling, str) and scaling not in ("learned", "channel"):
     raise ValueError(f"scaling must be a number, 'learned' or 'channel'; got {scaling!r}")
+  number = scaling is None or isinstance(scaling, str) or not np.ndim(scaling)
+  if not number or (isinstance(scaling, float) and not np.isfinite(scaling)):
+    raise ValueError(f"scaling must be a finite number, got {scaling!r}")
 
 
 def _placed(

@@ -80,7 +80,7 @@ def adapter_drop(
     layers = stack_of(sites, "adapter_drop")
     count = layers[0].stacked[0] if layers[0].stacked else len(layers)
     if drop > count:
-      raise ValueError(f"drop={drop}, but the model has {count} layers")
+      raise ValueError(f"drop={drop}, but the model has {count} layers: give drop= up to that")
     if robust:
       params = everywhere.init(key, params, sites)
       for number, site in enumerate(layers):
@@ -179,8 +179,8 @@ def drop_to(params: dict, drop: Any) -> dict:
   def changed(node: Any) -> Any:
     if not isinstance(node, DropBelow):
       return node
-    if not isinstance(drop, Tracer) and not 0 <= int(drop) <= node.most + 1:
-      raise ValueError(f"drop={drop}: expected 0 to {node.most + 1}, the number of layers")
+    if not isinstance(drop, Tracer) and drop not in range(node.most + 2):
+      raise ValueError(f"drop={drop!r}: expected 0 to {node.most + 1}, the number of layers")
     return node.replace(drop=jnp.broadcast_to(jnp.asarray(drop, jnp.float32), node.drop.shape))
 
   return map_nodes(changed, params)

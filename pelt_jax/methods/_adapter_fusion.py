@@ -6,12 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Branch
+from pelt_jax._node import BYPASS, Branch
 from pelt_jax._site import Site
 from pelt_jax._transform import Transform, add_bypass, check_dropout, site_key
+from pelt_jax._walk import walk
+from pelt_jax.methods._adapter_drop import adapters_of
 from pelt_jax.methods._lora import _dropout
-from pelt_jax.methods._named import check_alike, check_places, frozen, places_of, tuned
+from pelt_jax.methods._named import check_alike, check_places, check_tasks, frozen, places_of, tuned
 from pelt_jax.nodes import Fusion
+from pelt_jax.nodes._bank import other_base
 
 
 def adapter_fusion(
@@ -49,8 +52,10 @@ def adapter_fusion(
     A `Transform`, for params of the model without the adapters.
 
   Raises:
+    TypeError: if adapters are no mapping of names to params.
     ValueError: for fewer than one adapter, or adapters at other places, of other placements or
-      widths, or that change the model's own leaves; at init, if params hold adapters there.
+      widths; at init, if they change the model's own leaves besides a head, were trained on another
+      base, or params hold adapters there.
 
   Example:
     >>> import pelt_jax as pelt
@@ -61,8 +66,10 @@ def adapter_fusion(
   check_dropout(dropout)
   if regularization < 0:
     raise ValueError(f"regularization must be at least 0, got {regularization!r}")
+  check_tasks("adapters", adapters)
   names = tuple(adapters)
   tables = places_of(adapters)
+  bases = {name: dict(walk(params)) for name, params in adapters.items()}
   changed = {name: tuned(params) for name, params in adapters.items()}
   first = tables[names[0]]
   check_places(tables, "fuse adapters of one placement")
@@ -79,9 +86,21 @@ def adapter_fusion(
           f"adapters[{name!r}] changes leaves of the model, {own[:4]}, which several cannot do at "
           "once; train it without (train_norms=False)"
         )
+    own = dict(walk(params))
+    for name, leaves in bases.items():
+      if path := other_base(own, {p: v for p, v in leaves.items() if p not in heads}):
+        raise ValueError(
+          f"adapters[{name!r}] was trained on another base: params have other values at {path!r}. "
+          "Pass the params that the adapters were trained on"
+        )
     for path, node in first.items():
       if path not in known:
         raise ValueError(f"the adapters have a place {path!r} that the model does not call")
+      if adapters_of(own.get(f"{path}/{BYPASS}")):
+        raise ValueError(
+          f"params hold an adapter at {path!r} already, which would act beside the fusion: pass "
+          "the model's own params"
+        )
       if known[path].shape[-1] != known[path].out[-1]:
         raise ValueError(f"the adapters at {path!r} read another width than they give")
       branches = [tables[name][path].branch for name in names]

@@ -42,6 +42,7 @@ def gradnorm_layers(
     The norm of each chosen layer, by its number in ascending order.
 
   Raises:
+    TypeError: if grads are no trees.
     ValueError: if not one of `keep` and `threshold` is given, or it chooses no layer or more than
       there are, or grads hold no adapters, those of two stacks of layers, or a norm is no number.
 
@@ -110,6 +111,11 @@ def _mean(grads: Iterable[Any]) -> Any:
   total, count = None, 0
   wide = lambda x: jnp.asarray(x, np.promote_types(x.dtype, jnp.float32))
   for tree in grads:
+    if not isinstance(tree, Mapping):
+      raise TypeError(
+        f"grads must be trees like the params, got {type(tree).__name__}; pelt.value_and_grad "
+        "gives (loss, grads): take the second"
+      )
     tree = {path: jax.tree.map(wide, node) for path, node in walk(tree) if adapters_of(node)}
     total = tree if total is None else jax.tree.map(jnp.add, total, tree)
     count += 1

@@ -19,11 +19,27 @@ def places_of(adapters: Mapping[str, dict]) -> dict[str, dict[str, Any]]:
   """By name, every adapter's placements by their module's path.
 
   Raises:
+    TypeError: if they are no mapping of params.
     ValueError: if there are no adapters, or one's params hold none, or another bypass.
   """
-  if not adapters:
-    raise ValueError("adapters is empty: name at least one task's params")
+  check_tasks("adapters", adapters)
   return {name: _places(name, params) for name, params in adapters.items()}
+
+
+def check_tasks(argument: str, tasks: Any) -> None:
+  """Raises TypeError unless an argument is a mapping of names to params, ValueError if empty."""
+  if not isinstance(tasks, Mapping):
+    raise TypeError(
+      f'{argument} must be params by name, {{"task": params, ...}}, got {type(tasks).__name__}'
+    )
+  if not tasks:
+    raise ValueError(f"{argument} is empty: name at least one task's params")
+  for name, params in tasks.items():
+    if not isinstance(params, Mapping):
+      raise TypeError(
+        f"{argument}[{name!r}] must be params, such as pelt.load(folder, base) gives, got "
+        f"{type(params).__name__}"
+      )
 
 
 def _places(name: str, params: dict) -> dict[str, Any]:
@@ -73,11 +89,15 @@ def check_alike(path: str, one: tuple[str, Any], other: tuple[str, Any]) -> None
   (a, first), (b, second) = one, other
   structures = [jax.tree.structure(n) for n in (first, second)]
   if type(first) is not type(second) or structures[0] != structures[1]:
-    raise ValueError(f"the adapters {a!r} and {b!r} are placed or built differently at {path!r}")
+    raise ValueError(
+      f"the adapters {a!r} and {b!r} are placed or built differently at {path!r}: their style, "
+      "activation and other options must be the same"
+    )
   shapes = [[jnp.shape(x) for x in jax.tree.leaves(n)] for n in (first, second)]
   if shapes[0] != shapes[1]:
     raise ValueError(
-      f"the adapters {a!r} and {b!r} have other widths at {path!r}: {shapes[0]} and {shapes[1]}"
+      f"the adapters {a!r} and {b!r} have other widths at {path!r}: {shapes[0]} and {shapes[1]}; "
+      "pelt.average and pelt.bank take adapters of unequal width"
     )
 
 
@@ -109,6 +129,8 @@ def weights_of(
   """One number per adapter, perhaps traced."""
   if weights is None:
     return [1 / len(adapters)] * len(adapters)
+  if not isinstance(weights, Mapping):
+    raise TypeError(f"weights must be numbers by name, got {type(weights).__name__}")
   if odd := sorted(set(weights) ^ set(adapters)):
     raise ValueError(
       f"weights name {list(weights)} and adapters {list(adapters)}, which differ in {odd}; give "

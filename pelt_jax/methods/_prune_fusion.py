@@ -25,6 +25,7 @@ def fusion_usage(records: Iterable[tuple[Mapping[str, Any], Any]]) -> dict[str, 
     (N,) per place, which add up to 1; under a scan (layers, N).
 
   Raises:
+    TypeError: if records are no pairs.
     ValueError: if there are no records, they hold no fusion weights, a mask has not the shape of
       the tokens, or no token is real.
 
@@ -36,7 +37,13 @@ def fusion_usage(records: Iterable[tuple[Mapping[str, Any], Any]]) -> dict[str, 
     [0.375, 0.625]
   """
   totals: dict[str, Any] = {}
-  for recorded, mask in records:
+  for pair in records:
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], Mapping):
+      raise TypeError(
+        "records must be (record, mask) per batch, such as [(record, batch['attention_mask'])], "
+        f"with what apply(..., record='fusion')[1] gave; got a {type(pair).__name__}"
+      )
+    recorded, mask = pair
     found = {place: v["fusion"] for place, v in recorded.items() if "fusion" in v}
     if not found:
       raise ValueError('a record holds no fusion weights: call the bypass with record="fusion"')

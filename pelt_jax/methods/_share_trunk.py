@@ -12,6 +12,7 @@ from pelt_jax._transform import add_bypass
 from pelt_jax._tree import fold
 from pelt_jax._walk import get_at, update_at, walk
 from pelt_jax.methods._adapter_drop import stack_of, without_adapters
+from pelt_jax.methods._named import check_tasks
 from pelt_jax.nodes import EachTask, Guard, Shared
 from pelt_jax.nodes._bank import bank
 
@@ -54,8 +55,7 @@ def share_trunk(
     >>> {name: hidden.shape for name, hidden in out.items()}
     {'a': (1, 3, 8), 'b': (1, 3, 8)}
   """
-  if not tasks:
-    raise ValueError("tasks is empty: name at least one task's params")
+  check_tasks("tasks", tasks)
   layers = stack_of(sites, "share_trunk")
   if layers[0].stacked:
     raise ValueError(
@@ -64,8 +64,8 @@ def share_trunk(
     )
   members = [fold(params) for params in tasks.values()]
   if drop is not None:
-    if isinstance(drop, bool) or not 0 < drop <= len(layers):
-      raise ValueError(f"drop={drop}: expected 1 to {len(layers)}, the number of layers")
+    if isinstance(drop, bool) or not isinstance(drop, int) or not 0 < drop <= len(layers):
+      raise ValueError(f"drop={drop!r}: expected 1 to {len(layers)}, the number of layers")
     members = [without_adapters(params, range(drop), robust=False) for params in members]
   held = [{path for path, value in walk(params) if _adds(value)} for params in members]
   below = lambda site: any(p.startswith(f"{site.path}/") for paths in held for p in paths)
@@ -77,7 +77,7 @@ def share_trunk(
     )
   heads = _heads(tuple(tasks), members)
   widths = next(iter(heads.values()), None)
-  params = bank([_widened(params, heads) for params in members])
+  params = bank(dict(zip(tasks, (_widened(m, heads) for m in members), strict=True)))
   upper = tuple(f"{site.path}/" for site in layers[start:])
   apart = {p.rpartition("/")[0] for p in set().union(*held) if not p.startswith(upper)}
   for number, site in enumerate(layers[:start]):

@@ -11,7 +11,14 @@ from jax.core import Tracer
 from pelt_jax._node import is_node
 from pelt_jax._tree import fold
 from pelt_jax._walk import map_arrays, update_at, walk
-from pelt_jax.methods._named import check_alike, check_base, check_name, tuned, weights_of
+from pelt_jax.methods._named import (
+  check_alike,
+  check_base,
+  check_name,
+  check_tasks,
+  tuned,
+  weights_of,
+)
 from pelt_jax.nodes._bank import owns, same
 
 
@@ -49,8 +56,7 @@ def soup(
     >>> float(pelt.soup(seeds)["bias"].value)
     1.5
   """
-  if not adapters:
-    raise ValueError("adapters is empty: name at least one task's params")
+  check_tasks("adapters", adapters)
   shares = weights_of(adapters, weights, normalize)
   check_name("head", head, adapters)
   leaves = {p for params in adapters.values() for p, v in tuned(params).items() if owns(v)}

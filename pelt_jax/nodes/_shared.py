@@ -26,6 +26,11 @@ class EachTask(Bypass):
   def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
     if call.rows is not None:
       raise ValueError("rows: every task answers every row of the batch, so leave rows out")
+    if kwargs.get("cache_length") is not None:
+      raise ValueError(
+        "params of share_trunk answer whole forward passes, not generation: generate with one "
+        "task's params, or with pelt.bank and rows="
+      )
     times, batch = len(self.names), call.frame.input.shape[0]
     args, kwargs = jax.tree.map(lambda x: repeat_batch(x, times, batch), (args, kwargs))
     call.context.rows = np.repeat(np.arange(times, dtype=np.int32), batch)

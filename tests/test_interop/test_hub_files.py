@@ -173,6 +173,26 @@ def test_missing_and_damaged_files(copy, bert, sites, tmp_path):
   (folder / "adapter_config.json").write_text("{}")
   with pytest.raises(ValueError, match=r"damaged: it lacks the fields"):
     adapterhub.load(folder, *bert, sites=sites)
+  (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+  with pytest.raises(ValueError, match=r"is of PEFT: use pelt\.interop\.peft\.load"):
+    adapterhub.load(folder, *bert, sites=sites)
+  with pytest.raises(ValueError, match=r"is of AdapterHub: use pelt\.interop\.adapterhub\.load"):
+    pelt.interop.peft.load(copy("houlsby"), *bert)
+
+
+def test_params_that_are_no_single_adapter_over_a_base(bert, sites, tmp_path):
+  model, base = bert
+  init = lambda method: method.init(jax.random.key(0), base, sites)
+  one = init(pelt.adapter("pfeiffer"))
+  with pytest.raises(ValueError, match="base holds nodes of a method at"):
+    adapterhub.load(BERT / "pfeiffer", model, one, sites=sites)
+  gated = init(pelt.chain(pelt.unipelt(2, gate_pool="mean_all"), pelt.close_gates()))
+  for params, match in (
+    (pelt.bank([one, one]), "params hold a bank; export its members one by one"),
+    (gated, "its gate can be closed; use pelt.prune_gates first"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      adapterhub.export(tmp_path / "out", params, model)
 
 
 def test_the_head_must_fit(copy, bert, sites):

@@ -202,8 +202,9 @@ def test_what_does_not_fit_the_model_is_named():
   with pytest.raises(ValueError, match="a scan stacks them .* unstack first: models.to_looped"):
     adapted(pelt.adapter_drop(1), scan=True)
   _, base, params, _ = adapted(pelt.adapter_drop(1, robust=True, bottleneck=5))
-  with pytest.raises(ValueError, match="drop=4: expected 0 to 3"):
-    pelt.drop_to(params, 4)
+  for drop in (4, -1, 1.5, "1"):
+    with pytest.raises(ValueError, match=f"drop={drop!r}: expected 0 to 3"):
+      pelt.drop_to(params, drop)
   with pytest.raises(ValueError, match="hold no adapters of adapter_drop"):
     pelt.drop_to(base, 1)
   model, base = built("t5", "seq2seq")

@@ -240,8 +240,15 @@ def test_what_cannot_be_fused_is_named():
       pelt.adapter_fusion(members | {"wnut": other})
   with pytest.raises(ValueError, match="adapters is empty"):
     pelt.adapter_fusion({})
+  with pytest.raises(TypeError, match="adapters must be params by name|Mapping"):
+    pelt.adapter_fusion(list(members.values()))
   with pytest.raises(ValueError, match="regularization must be at least 0"):
     pelt.adapter_fusion(members, regularization=-1.0)
+  with pytest.raises(ValueError, match="params hold an adapter at 'encoder/layer/.* already"):
+    pelt.adapter_fusion(members).init(jax.random.key(0), members["sst2"], sites)
+  moved_base = jax.tree.map(lambda x: x + 1, base)
+  with pytest.raises(ValueError, match=r"adapters\['sst2'\] was trained on another base"):
+    pelt.adapter_fusion(members).init(jax.random.key(0), moved_base, sites)
   llama = built("llama", "encoder")
   with pytest.raises(ValueError, match="that the model does not call"):
     pelt.adapter_fusion(members).init(

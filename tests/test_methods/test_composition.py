@@ -11,6 +11,7 @@ import pelt_jax as pelt
 from pelt_jax import models, nodes, training
 from pelt_jax._transform import add_bypass
 from pelt_jax._walk import get_at, update_at, walk
+from pelt_jax.methods._named import check_tasks
 from tests.test_methods.test_adapter import moved
 from tests.test_models.helpers import built, close, tokens
 
@@ -331,6 +332,14 @@ def test_what_cannot_be_composed_is_named():
   for compose in (pelt.stack, pelt.average, pelt.soup):
     with pytest.raises(ValueError, match="adapters is empty"):
       compose({})
+    with pytest.raises(TypeError, match="adapters must be params by name|Mapping"):
+      compose(list(some.values()))
+  for wrong, match in (
+    (list(some.values()), 'tasks must be params by name, {"task": params, ...}, got list'),
+    ({"a": "runs/a/adapter"}, r"tasks\['a'\] must be params, such as pelt.load.* gives, got str"),
+  ):
+    with pytest.raises(TypeError, match=match):
+      check_tasks("tasks", wrong)
   # At one place, but another tap.
   llama = pelt.sites(other_model, tokens(2, 6))
   tapped = pelt.adapter("parallel", bottleneck=5, tap="residual")
@@ -347,6 +356,8 @@ def test_what_cannot_be_composed_is_named():
     for compose in (pelt.average, pelt.soup):
       with pytest.raises(ValueError, match=match):
         compose(some, weights=weights)
+  with pytest.raises(TypeError, match="weights must be numbers by name|Mapping"):
+    pelt.average(some, weights=[1, 2])
   wide = init(pelt.adapter("pfeiffer", bottleneck=4))
   heads = pelt.chain(pfeiffer, pelt.train("embeddings/LayerNorm"))
   tuned = {n: init(heads, i) for i, n in enumerate("ab")}

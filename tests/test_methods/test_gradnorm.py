@@ -135,6 +135,8 @@ def test_bad_input_is_named():
     choose(threshold=4.0)
   with pytest.raises(ValueError, match="grads is empty"):
     pelt.gradnorm_layers([], keep=1)
+  with pytest.raises(TypeError, match=r"got ArrayImpl; pelt.value_and_grad gives \(loss, grads\)"):
+    pelt.gradnorm_layers((jnp.ones(()), tree), keep=1)
   with pytest.raises(ValueError, match="grads hold no adapters"):
     pelt.gradnorm_layers({"head": nodes.Tuned(jnp.ones(2))}, keep=1)
   with pytest.raises(ValueError, match=r"layers \[1\] are not finite"):

@@ -224,6 +224,9 @@ def test_bad_input_is_named():
   with pytest.raises(ValueError, match="no numbers"):
     prune({"ffn": [0.5, np.nan, 0.5]}, 2)
   record = {"ffn": {"fusion": np.ones((1, 2, 3)) / 3}}
+  for wrong in ([record], record, (record, None)):
+    with pytest.raises(TypeError, match=r"records must be \(record, mask\) per batch|tuple"):
+      pelt.fusion_usage(wrong)
   with pytest.raises(ValueError, match="records is empty"):
     pelt.fusion_usage([])
   with pytest.raises(ValueError, match="holds no fusion weights"):

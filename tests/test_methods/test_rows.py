@@ -169,6 +169,15 @@ def test_what_one_bank_cannot_hold_is_named():
     pelt.bank([first, bare])
   with pytest.raises(ValueError, match="params hold no bank"):
     pelt.parallel(pelt.bypass(model.apply))({"params": first}, tokens(2, 6))
+  with pytest.raises(TypeError, match="the tasks go into pelt.bank|Callable"):
+    pelt.parallel({"one": first, "two": first})
+  apply, ids = pelt.bypass(model.apply), tokens(2, 6)
+  with pytest.raises(ValueError, match="rows: it chooses among the members of a bank"):
+    apply({"params": first}, ids, rows=np.array([0, 1]))
   banked = pelt.bank([first, first])
+  for rows in (["one", "two"], np.zeros(2)):
+    with pytest.raises(ValueError, match="rows has dtype .* as integers"):
+      apply({"params": banked}, ids, rows=rows)
+  assert apply({"params": banked}, ids, rows=[0, 1]).shape[0] == 2
   with pytest.raises(ValueError, match="so leave rows out"):
     pelt.parallel(pelt.bypass(model.apply))({"params": banked}, tokens(2, 6), rows=np.array([0, 1]))

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 import pelt_jax as pelt
-from pelt_jax import models, nodes
+from pelt_jax import models, nodes, training
 from pelt_jax._walk import update_at, walk
 from tests.test_methods.test_adapter import moved
 from tests.test_models.helpers import CONFIGS, built, close, padded, random_params, tokens
@@ -184,14 +184,16 @@ def test_bad_input_is_named():
   everywhere = {"a": init(pelt.adapter("pfeiffer", bottleneck=5))}
   with pytest.raises(ValueError, match="the tasks have nodes in layer 0"):
     pelt.share_trunk(everywhere, sites)
-  for drop in (0, LAYERS + 1, True):
-    with pytest.raises(ValueError, match=f"drop={drop}: expected 1 to 3"):
+  with pytest.raises(TypeError, match="tasks must be params by name|Mapping"):
+    pelt.share_trunk([everywhere["a"]], sites)
+  for drop in (0, LAYERS + 1, True, "1"):
+    with pytest.raises(ValueError, match=f"drop={drop!r}: expected 1 to 3"):
       pelt.share_trunk(everywhere, sites, drop=drop)
   lora = {"a": init(pelt.lora(rank=1))}
   with pytest.raises(ValueError, match="the tasks have nodes in layer 0"):
     pelt.share_trunk(lora, sites, drop=1)  # takes out adapters alone
   other = {f"n = {n}": init(pelt.adapter_drop(n, bottleneck=5)) for n in (1, 2)}
-  with pytest.raises(ValueError, match="members 0 and 1 of the bank differ at"):
+  with pytest.raises(ValueError, match="members 'n = 1' and 'n = 2' of the bank differ at"):
     pelt.share_trunk(other, sites)
   _, stack, stacked = tiny(scan=True)
   with pytest.raises(ValueError, match="a scan stacks them at 'encoder/layer'; unstack first"):
@@ -199,6 +201,16 @@ def test_bad_input_is_named():
   t5, _ = built("t5", "seq2seq")
   with pytest.raises(ValueError, match="share_trunk needs one stack of layers"):
     pelt.share_trunk({"a": base}, pelt.sites(t5, IDS, decoder_input_ids=IDS))
+
+
+def test_generation_is_refused():
+  model, base = built("gpt2", "lm")
+  model, base = model.clone(scan=False), models.to_looped(base, model)
+  sites = pelt.sites(model, IDS)
+  params = pelt.adapter_drop(1, bottleneck=5).init(jax.random.key(0), base, sites)
+  shared = pelt.share_trunk({"a": params}, sites)
+  with pytest.raises(ValueError, match="answer whole forward passes, not generation"):
+    training.generate(pelt.bypass(model.apply), shared, IDS, jnp.ones_like(IDS), max_new_tokens=1)
 
 
 def test_what_runs_before_the_layers_may_not_differ():
