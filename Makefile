@@ -7,7 +7,7 @@ PIP := -m pip install -qq --disable-pip-version-check
 PYTEST := -m pytest -n 2
 
 # What `make test-parity` gives its environments: tests that need it fail there instead of skipping.
-PARITY_HAS := torch,transformers,peft,minilm
+PARITY_HAS := torch,transformers,peft,bitsandbytes,minilm
 ifneq ($(wildcard ../shared/models/smollm2.py),)
 PARITY_HAS := $(PARITY_HAS),smollm2
 endif

@@ -152,6 +152,7 @@ def _glibc() -> str:
 
 PROVIDERS: dict[str, Callable[[], Any]] = {
   "adapters": _module("adapters"),
+  "bitsandbytes": _module("bitsandbytes"),
   "flax_transformers": _flax_transformers,
   "gemma": _module("gemma"),
   "glibc": _glibc,
