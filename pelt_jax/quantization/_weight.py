@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pelt_jax._node import Weight, contract, derived, extra, static, strip
 from pelt_jax._save import fingerprint
@@ -76,8 +77,8 @@ class NF4Weight(Weight):
     inputs: how many of them are inputs.
     book: name of a code book, or its values.
     block: numbers that share a scale.
-    double: whether scales are quantized again.
     layout: as above.
+    double: whether scales are quantized again.
   """
 
   codes: Any = derived()
@@ -91,8 +92,8 @@ class NF4Weight(Weight):
   inputs: int = static(1)
   book: str | tuple[float, ...] = static("nf4")
   block: int = static(64)
-  double: bool = static(default=False)
   layout: str = static("rows")
+  double: bool = static(default=False)
 
   @property
   def plan(self) -> Plan:
@@ -117,6 +118,7 @@ class NF4Weight(Weight):
     return _product((eq, self.plan, precision, x.shape, x.dtype), x, self._arrays())
 
   def rebuild(self, source: Any) -> Self:
+    made: Any
     if isinstance(source, NF4Weight):
       if source.plan != self.plan:
         raise ValueError(f"it is quantized as {source.plan}, the adapter's base was as {self.plan}")
@@ -217,7 +219,7 @@ def quantize(
     bool(double_quant),
     _fitting(layout, math.prod(sizes[i] for i in rest), block),
   )
-  if not isinstance(kernel, jax.core.Tracer) and not bool(jnp.isfinite(kernel).all()):
+  if not isinstance(kernel, Tracer) and not bool(jnp.isfinite(kernel).all()):
     raise ValueError("kernel holds infinities or NaNs, which no code stands for")
   node = NF4Weight(**plan._asdict(), group=None, stacked=stacked)
   return node._filled(_stacked(plan, kernel, stacked))
