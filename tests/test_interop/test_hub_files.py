@@ -177,7 +177,7 @@ def test_missing_and_damaged_files(copy, bert, sites, tmp_path):
   with pytest.raises(ValueError, match=r"is of PEFT: use pelt\.interop\.peft\.load"):
     adapterhub.load(folder, *bert, sites=sites)
   with pytest.raises(ValueError, match=r"is of AdapterHub: use pelt\.interop\.adapterhub\.load"):
-    pelt.interop.peft.load(copy("houlsby"), *bert)
+    pelt.interop.peft.load(BERT / "houlsby", *bert)
 
 
 def test_params_that_are_no_single_adapter_over_a_base(bert, sites, tmp_path):

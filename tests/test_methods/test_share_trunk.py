@@ -186,7 +186,7 @@ def test_bad_input_is_named():
     pelt.share_trunk(everywhere, sites)
   with pytest.raises(TypeError, match="tasks must be params by name|Mapping"):
     pelt.share_trunk([everywhere["a"]], sites)
-  for drop in (0, LAYERS + 1, True, "1"):
+  for drop in (0, LAYERS + 1, True):
     with pytest.raises(ValueError, match=f"drop={drop!r}: expected 1 to 3"):
       pelt.share_trunk(everywhere, sites, drop=drop)
   lora = {"a": init(pelt.lora(rank=1))}
