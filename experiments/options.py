@@ -23,14 +23,14 @@ RATES = {
   "p_tuning_v2": {"classification": 7e-3, "tagging": 1e-2, "lm": 5e-3, "seq2seq": 5e-3},
   "adapter": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "adapter_drop": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
-  "mam": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
-  "unipelt": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
+  "mam": {"classification": 5e-4, "tagging": 5e-4, "lm": 5e-4, "seq2seq": 5e-4},
+  "unipelt": {"classification": 5e-4, "tagging": 5e-4, "lm": 5e-4, "seq2seq": 5e-4},
 }
 # An MLP moves all that it makes at once, so it wants small steps, and its head larger ones; an LSTM
 # wants larger ones than its head.
 HEAD_RATES = {
-  "prefix_tuning": {"classification": 5e-3, "tagging": 5e-3},
-  "p_tuning": {"classification": 5e-3, "tagging": 5e-3},
+  name: {"classification": 5e-3, "tagging": 5e-3}
+  for name in ("prefix_tuning", "p_tuning", "mam", "unipelt")
 }
 OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4}
 METHODS = (  # those that this version has
