@@ -51,25 +51,28 @@ PAIRS = [
 def test_methods_run_over_codes_as_over_what_they_stand_for(name, method):
   model, base = built(name, "seq2seq" if name in SEQ2SEQ else "encoder")
   args, kwargs = arguments(name)
-  sites = pelt.sites(model, *args, **kwargs)
-  init = pelt.chain(pelt.nf4(double_quant=True, **SMALL), METHODS[method]()).init
-  params = moved(init(jax.random.key(0), base, sites))
-  assert any(isinstance(n, NF4Weight) for n in every_node(params))
-  apply = pelt.bypass(model.apply)
+  with jax.enable_x64(True):
+    model = model.clone(dtype="float64")
+    base = jax.tree.map(lambda x: x.astype("float64"), base)
+    sites = pelt.sites(model, *args, **kwargs)
+    init = pelt.chain(pelt.nf4(double_quant=True, **SMALL), METHODS[method]()).init
+    params = moved(init(jax.random.key(0), base, sites))
+    assert any(isinstance(n, NF4Weight) for n in every_node(params))
+    apply = pelt.bypass(model.apply)
 
-  def loss(params):
-    out = apply({"params": params}, *args, **kwargs)
-    return (out**2).mean(), out
+    def loss(params):
+      out = apply({"params": params}, *args, **kwargs)
+      return (out**2).mean(), out
 
-  runs = []
-  for tree in (params, plain(params)):
-    trainable, frozen = pelt.partition(tree)
-    (_, out), grads = jax.jit(pelt.value_and_grad(loss, has_aux=True))(trainable, frozen)
-    runs.append((out, *jax.tree.leaves(grads)))
-  for one, other in zip(*runs, strict=True):
-    if np.abs(other).max() > 1e-6:
-      close(one, other, 1e-4)
-  assert np.abs(runs[0][0] - model.apply({"params": base}, *args, **kwargs)).max() > 1e-2
+    runs = []
+    for tree in (params, plain(params)):
+      trainable, frozen = pelt.partition(tree)
+      (_, out), grads = jax.jit(pelt.value_and_grad(loss, has_aux=True))(trainable, frozen)
+      runs.append((out, *jax.tree.leaves(grads)))
+    for one, other in zip(*runs, strict=True):
+      if np.abs(other).max() > 1e-12:
+        close(one, other, 1e-9)
+    assert np.abs(runs[0][0] - model.apply({"params": base}, *args, **kwargs)).max() > 1e-2
 
 
 @pytest.mark.parametrize("layout", ["rows", "words"])
