@@ -75,7 +75,7 @@ def test_methods_run_over_codes_as_over_what_they_stand_for(name, method):
     assert np.abs(runs[0][0] - model.apply({"params": base}, *args, **kwargs)).max() > 1e-2
 
 
-@pytest.mark.parametrize("layout", ["rows", "words"])
+@pytest.mark.parametrize("layout", ["rows", pytest.param("words", marks=LONG)])
 def test_scanned_equals_looped_and_rematerialized(layout):
   model, scanned = built("llama", "encoder")
   method = pelt.qlora(rank=2, alpha=4, layout=layout, **SMALL)
@@ -179,6 +179,7 @@ def test_a_quantized_load_is_quantizing_what_was_loaded(tmp_path):
       jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@LONG
 def test_two_tasks_share_one_quantized_model():
   model, base = built("llama", "encoder")
   sites = pelt.sites(model, IDS)

@@ -80,7 +80,9 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize(
+  "name", [n if n == "nf4" else pytest.param(n, marks=pytest.mark.parity) for n in ERRORS]
+)
 def test_errors_on_normal_numbers(name):
   from pelt_jax.quantization import quantize
 
