@@ -305,8 +305,6 @@ class Call:
     rows = self.rows
     if rows is None:
       raise ValueError(f"{self.path!r} holds a bank of {count} members: pass rows= to the bypass")
-    if not isinstance(rows, Tracer):
-      rows = np.asarray(rows)
     if not np.issubdtype(rows.dtype, np.integer):
       raise ValueError(
         f"rows has dtype {rows.dtype}, but it counts the members of the bank from 0, as integers"
@@ -316,7 +314,7 @@ class Call:
         f"rows has shape {jnp.shape(rows)}; the batch at {self.path!r} needs ({batch},)"
       )
     if not isinstance(rows, Tracer):
-      low, high = (int(f(rows)) for f in (np.min, np.max))
+      low, high = (int(f(np.asarray(rows))) for f in (np.min, np.max))
       if low < 0 or high >= count:
         raise ValueError(
           f"rows holds {low}..{high}, but the bank at {self.path!r} has {count} members"

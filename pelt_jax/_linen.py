@@ -96,7 +96,7 @@ def bypass(apply: Callable) -> Callable:
     if GENERATORS in params:
       params = fold(params)
     variables = {**variables, "params": params}
-    rows = np.asarray(rows) if isinstance(rows, list | tuple) else rows
+    rows = rows if rows is None or hasattr(rows, "dtype") else np.asarray(rows)
     record = (record,) if isinstance(record, str) else tuple(record)
     mutable = kwargs.get("mutable", False)
     if record:

@@ -10,7 +10,7 @@ from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, chain, over, require
 from pelt_jax._walk import update_at
 from pelt_jax.methods._lora import lora, matrices
-from pelt_jax.nodes._lora import lora_axes
+from pelt_jax.nodes._lora import _subscripts, lora_axes
 from pelt_jax.quantization import quantize
 from pelt_jax.quantization._weight import check_options
 
@@ -86,12 +86,9 @@ def _outputs(site: Site) -> tuple[int, ...]:
   """The axes of a kernel that a torch weight has first: batches of matrices, then outputs."""
   if "lookup" in site.equations:
     return (0,)
-  axes = lora_axes(next(iter(site.equations), None), len(site.shape))
-  kernel, _, factors = axes.partition(":")
-  inputs = {c for c in factors.partition(",")[0] if c in kernel}
-  batch = {c for c in inputs if c in factors.partition(",")[2]}
-  found = [i for i, c in enumerate(kernel) if c in batch]
-  return (*found, *(i for i, c in enumerate(kernel) if c not in inputs))
+  kernel, a, b = _subscripts(lora_axes(next(iter(site.equations), None), len(site.shape)))
+  batch = (i for i, c in enumerate(kernel) if c in a and c in b)
+  return (*batch, *(i for i, c in enumerate(kernel) if c not in a))
 
 
 def qlora(

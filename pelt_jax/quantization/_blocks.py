@@ -22,7 +22,7 @@ def absmax(blocks: jax.Array) -> jax.Array:
   """
   bits = jax.lax.bitcast_convert_type(blocks, jnp.int32) & jnp.int32(0x7FFFFFFF)
   largest = jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), jnp.float32)
-  return jnp.where(largest >= _TINY, largest, jnp.where(largest < _TINY, 0.0, largest))
+  return jnp.where(largest < _TINY, 0.0, largest)
 
 
 def encode(x: jax.Array, book: CodeBook, block: int) -> tuple[jax.Array, jax.Array]:

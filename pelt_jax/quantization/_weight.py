@@ -126,13 +126,10 @@ class NF4Weight(Weight):
     elif str(source.dtype) != self.kind:
       raise ValueError(f"it was {self.kind} when it was quantized and is {source.dtype} now")
     else:
-      made = self._filled(_stacked(self.plan, source, self.stacked))
+      made = self.replace(**_stacked(self.plan, source, self.stacked))
     if not bool(jnp.array_equal(made.source, self.source)):
       raise ValueError("it holds other values. Load the base that the adapter was trained on")
     return made
-
-  def _filled(self, arrays: dict[str, jax.Array]) -> Self:
-    return self.replace(**arrays)
 
   def changed(self) -> int:
     return 0
@@ -221,8 +218,8 @@ def quantize(
   )
   if not isinstance(kernel, Tracer) and not bool(jnp.isfinite(kernel).all()):
     raise ValueError("kernel holds infinities or NaNs, which no code stands for")
-  node = NF4Weight(**plan._asdict(), group=None, stacked=stacked)
-  return node._filled(_stacked(plan, kernel, stacked))
+  made = _stacked(plan, kernel, stacked)
+  return NF4Weight(**made, **plan._asdict(), group=None, stacked=stacked)
 
 
 def check_options(book: Any, block: Any, layout: Any) -> None:
@@ -274,10 +271,9 @@ def _dequantize(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
   words = plan.layout == "words"
   codes, scales = arrays["codes"], arrays["scales"]
   if plan.double:
-    in_rows = scales.T if words else scales
-    decoded = decode_scales(in_rows.reshape(-1), arrays["nested"], arrays["offset"])
-    scales = decoded.reshape(in_rows.shape)
-    scales = scales.T if words else scales
+    axis = "F" if words else "C"  # coded in order of the rows, which words have as columns
+    decoded = decode_scales(scales.reshape(-1, order=axis), arrays["nested"], arrays["offset"])
+    scales = decoded.reshape(scales.shape, order=axis)
   codes = unpack_words(codes) if words else unpack_bytes(codes)
   values = lookup(np.asarray(plan.code_book.values, np.float32), codes)
   cut = len(plan.order) - plan.inputs
@@ -286,7 +282,7 @@ def _dequantize(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
     order = (*plan.order[cut:], *plan.order[:cut])
   else:
     room = scales.size * plan.block - values.size
-    values = jnp.pad(values.reshape(-1), (0, room)) if room else values.reshape(-1)
+    values = jnp.pad(values.reshape(-1), (0, room))
     matrix = values.reshape(-1, plan.block) * scales.reshape(-1, 1)
     matrix = matrix.reshape(-1)[: rows * columns]
     order = plan.order
