@@ -186,6 +186,8 @@ def main(argv: list[str] | None = None) -> dict:
   if groups:  # trained beside the method, each at its own rate
     groups["trainable"] = optax.identity()
     tx = optax.chain(tx, optax.multi_transform(groups, pelt.labels))
+  if args.paged:
+    tx = pelt.paged(tx)
   loss = training.LOSSES[args.task]
   train = training.train_step(apply, loss, tx, method, clip=CLIP, accumulate=args.accumulate)
   if chief and args.overwrite:  # not before everything was found to be in order

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.extend import core
 
+from pelt_jax._program import Program
 from pelt_jax._walk import walk
 
 
@@ -27,39 +27,16 @@ class Values:
   """
 
   def __init__(
-    self, closed: Any, inputs: list[Callable[[], Any]], paths: Mapping[str, Any]
+    self, program: Program, inputs: list[Callable[[], Any]], paths: Mapping[str, Any]
   ) -> None:
-    self._closed, self._inputs, self._numbers = closed, inputs, paths
+    self._program, self._inputs, self._numbers = program, inputs, paths
     self.paths = tuple(paths)
 
   def get(self, path: str) -> Any:
     """Computes what the transform puts at `path`."""
     numbers, tree = jax.tree.flatten(self._numbers[path])
-    jaxpr = self._closed.jaxpr
-    wanted = [jaxpr.outvars[n] for n in numbers]
-    needed = {v for v in wanted if not isinstance(v, core.Literal)}
-    equations = []
-    for eqn in reversed(jaxpr.eqns):
-      if any(v in needed for v in eqn.outvars):
-        equations.append(eqn)
-        needed.update(v for v in eqn.invars if not isinstance(v, core.Literal))
-    known = dict(zip(jaxpr.constvars, self._closed.consts, strict=True))
-    known |= {v: read() for v, read in zip(jaxpr.invars, self._inputs, strict=True) if v in needed}
-
-    def value(v: Any) -> Any:
-      shape: Any = v.aval
-      return jnp.asarray(v.val, shape.dtype) if isinstance(v, core.Literal) else known[v]
-
-    for eqn in reversed(equations):
-      out = _evaluate(eqn, [value(v) for v in eqn.invars])
-      known.update(zip(eqn.outvars, out, strict=True))
-    return jax.tree.unflatten(tree, [value(v) for v in wanted])
-
-
-def _evaluate(eqn: Any, operands: list[Any]) -> list[Any]:
-  with eqn.ctx.manager:
-    out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-  return list(out) if eqn.primitive.multiple_results else [out]
+    wanted = [self._program.results[n] for n in numbers]
+    return jax.tree.unflatten(tree, self._program.compute(wanted, {}, lambda n: self._inputs[n]()))
 
 
 def transformed(
@@ -95,4 +72,4 @@ def transformed(
   inputs += [lambda n=name: jnp.asarray(read[n]()) for name in names]
   flat, tree = jax.tree.flatten(out)
   numbered = jax.tree.unflatten(tree, list(range(len(flat))))
-  return Values(closed, inputs, dict(walk(numbered)))
+  return Values(Program(closed), inputs, dict(walk(numbered)))

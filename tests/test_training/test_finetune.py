@@ -302,6 +302,26 @@ def test_plain_text(finetune, llama, tmp_path, scan):
   assert scores["bits_per_byte"] == pytest.approx(scores["loss"] / math.log(2))
 
 
+@LONG
+def test_4_bits_under_a_paged_optimizer(finetune, llama, tmp_path, monkeypatch):
+  """The same losses with the optimizer's state in the host's memory, and an adapter that serves."""
+  data = tmp_path / "data.txt"
+  data.write_text("the cat saw the dog . the dog saw the cat .\n" * 40)
+  options = {"method": "qlora", "set": "rank=4", "length": 16}
+  job = lambda out, **more: arguments(tmp_path, llama, data, "lm", out=out, **options, **more)
+  plain = finetune.main(job(tmp_path / "plain"))
+  found, paged = [], pelt.paged
+  watched = lambda tx: found.append(tx) or paged(tx, min_size=64)
+  monkeypatch.setattr(pelt, "paged", watched)
+  report = finetune.main(job(tmp_path / "paged", paged=True))
+  assert len(found) == 1
+  assert report["loss"] == plain["loss"] and report["metric"] == plain["metric"]
+  assert report["metric"]["after"] < report["metric"]["before"]
+  _, base = models.from_pretrained(llama)
+  tuned = pelt.load(tmp_path / "paged" / "adapter", base)
+  assert pelt.count(tuned).trainable == report["parameters"]["trainable"]
+
+
 def test_chat(finetune, llama, tmp_path):
   data = tmp_path / "chat.jsonl"
   data.write_text((json.dumps({"messages": CHAT}) + "\n") * 6)

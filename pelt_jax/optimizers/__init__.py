@@ -1,0 +1,3 @@
+"""Optimizers whose state lies elsewhere than params."""
+
+from pelt_jax.optimizers._paged import paged as paged
