@@ -47,12 +47,12 @@ def paged(
   Example:
     >>> import jax.numpy as jnp, pelt_jax as pelt
     >>> params = {"w": jnp.ones((4, 8)), "b": jnp.ones(8)}
-    >>> tx = pelt.paged(optax.adam(0.1), min_size=32)
+    >>> tx = pelt.paged(optax.sgd(0.1, momentum=0.9), min_size=32)
     >>> state = tx.init(params)
-    >>> {name: m.sharding.memory_kind for name, m in sorted(state[0].mu.items())}
+    >>> {name: m.sharding.memory_kind for name, m in sorted(state[0].trace.items())}
     {'b': 'device', 'w': 'pinned_host'}
     >>> updates, state = jax.jit(tx.update)(params, state)
-    >>> state[0].mu["w"].sharding.memory_kind, round(float(updates["w"][0, 0]), 4)
+    >>> state[0].trace["w"].sharding.memory_kind, round(float(updates["w"][0, 0]), 4)
     ('pinned_host', -0.1)
   """
   if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
