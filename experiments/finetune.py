@@ -138,16 +138,17 @@ def main(argv: list[str] | None = None) -> dict:
 
   train_rows, eval_rows = encode(train_set), encode(eval_set)
   lengths = training.buckets(train_rows, eval_rows)
-  apply = pelt.bypass(model.apply)
-  if words is not None:
-    apply = training.cloze(apply, words)
-  place, placing = None, {}
+  place, placing, gathered = None, {}, None
   if mesh is not None:
     jax.set_mesh(mesh)
-    specs = pelt.shardings(params, training.base_specs(sites, mesh), mesh)
-    params = jax.device_put(params, specs)
+    specs = training.base_specs(sites, mesh)
+    gathered = pelt.gathered(params, specs, mesh)
+    params = jax.device_put(params, pelt.shardings(params, specs, mesh))
     place = lambda batch: training.place_batch(batch, mesh)
     placing["out_shardings"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  apply = pelt.bypass(model.apply, gathered=gathered)
+  if words is not None:
+    apply = training.cloze(apply, words)
 
   # What it can do before training.
   metric, higher = training.MAIN_METRIC[args.task]

@@ -23,6 +23,7 @@ from pelt_jax._tree import combine as combine
 from pelt_jax._tree import count as count
 from pelt_jax._tree import delta as delta
 from pelt_jax._tree import fold as fold
+from pelt_jax._tree import gathered as gathered
 from pelt_jax._tree import labels as labels
 from pelt_jax._tree import merge as merge
 from pelt_jax._tree import partition as partition

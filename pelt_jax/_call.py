@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -93,6 +93,7 @@ class Context:
   called: set[str] = dataclasses.field(default_factory=set)
   ran: set[str] = dataclasses.field(default_factory=set)
   in_setup: bool = False
+  gathered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   plain: bool = False  # no bypass node runs
 
   def training(self, innermost: Frame | None) -> bool:
@@ -148,6 +149,7 @@ class Call:
     context: the run-time keywords of `bypass`.
     salts: numbers folded into this node's random keys.
     row: in a bank, the batch row that this member serves.
+    sharding: how the kernel should lie while a product uses it, if that was said.
   """
 
   next: Callable
@@ -155,6 +157,7 @@ class Call:
   context: Context
   salts: tuple = ()
   row: Any = None
+  sharding: Any = None
 
   @property
   def module(self) -> Any:

@@ -35,7 +35,7 @@ _KEYWORDS = ("rows", "train_nodes", "record")
 _SOWN = "pelt:"  # prefix of the names under which recorded values travel
 
 
-def bypass(apply: Callable) -> Callable:
+def bypass(apply: Callable, *, gathered: Mapping[str, Any] | None = None) -> Callable:
   """`apply` that runs the nodes in its params.
 
   The result has `apply`'s signature plus three run-time keywords:
@@ -52,14 +52,15 @@ def bypass(apply: Callable) -> Callable:
 
   Args:
     apply: `model.apply` of a Linen module, or a function that takes variables first and calls it.
+    gathered: for 4-bit kernels under fully sharded data parallelism, what `pelt.gathered` returned.
 
   Returns:
     The function.
 
   Raises:
     TypeError: if `apply` is not callable, or its module has an argument with one of the names.
-    ValueError: when run, if a bypass node's module was called and the node did not run, or `rows`
-      is given for adapters that are in no bank.
+    ValueError: when run, if a bypass node's module was called and the node did not run, `rows` is
+      given for adapters that are in no bank, or `gathered` names what params do not have.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, pelt_jax as pelt
@@ -93,6 +94,11 @@ def bypass(apply: Callable) -> Callable:
         "rows: it chooses among the members of a bank, and params hold none; make one by "
         "pelt.bank(tasks)"
       )
+    if gathered and (unknown := sorted(gathered.keys() - dict(walk(params)).keys())):
+      raise ValueError(
+        f"gathered names {unknown[0]!r}, which params do not have: make it from these params, "
+        "pelt.gathered(params, base_specs, mesh)"
+      )
     if GENERATORS in params:
       params = fold(params)
     variables = {**variables, "params": params}
@@ -101,7 +107,7 @@ def bypass(apply: Callable) -> Callable:
     mutable = kwargs.get("mutable", False)
     if record:
       kwargs["mutable"] = _with_intermediates(mutable)
-    context = Context(rows=rows, train=train_nodes, record=record)
+    context = Context(rows=rows, train=train_nodes, record=record, gathered=gathered or {})
     with _call.activate(context), nn.intercept_methods(interceptor(context)):
       out = apply(variables, *args, **kwargs)
     _check_ran(nodes, context)
@@ -236,8 +242,15 @@ def _product(call: Call, leaves: Mapping) -> Callable:
   found = rule_for(call.frame.function)
   if found is None or not any(isinstance(v, Weight) for v in leaves.values()):
     return call.next
-  bound = {  # a key per leaf, so that neither leaves nor the module's bypass share a mask
-    name: Leaf(value, call.salt(zlib.crc32(name.encode()) & 0x7FFFFFFF))
+
+  def bind(name: str) -> Call:
+    # A key per leaf, so that neither leaves nor the module's bypass share a mask.
+    salted = call.salt(zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    sharding = call.context.gathered.get(f"{call.path}/{name}".lstrip("/"))
+    return dataclasses.replace(salted, sharding=sharding)
+
+  bound = {
+    name: Leaf(value, bind(name))
     for name, value in leaves.items()
     if isinstance(value, Weight) or hasattr(strip(value), "dtype")
   }

@@ -315,17 +315,71 @@ def shardings(
     value = unbox(value)  # one sharding in place of each box: it serves the array inside
     if isinstance(value, Node) and not isinstance(value, Weight):
       spec = P(*(None,) * value.stacked)
-      return _fitted(value, value.specs(tuple(spec), tuple(spec)), mesh)
+      return fitted(value, value.specs(tuple(spec), tuple(spec)), mesh)
     if path not in known:
       raise ValueError(f"base_specs has no PartitionSpec for {path!r}; give P() to replicate it")
     ndim = value.ndim if isinstance(value, Weight) else jnp.ndim(value)
     spec = (*known[path], *(None,) * (ndim - len(known[path])))
     if not isinstance(value, Weight):
-      return _fitted(value, P(*spec), mesh)
+      return fitted(value, P(*spec), mesh)
     tensor = tuple(_without(axis, tuple(fsdp)) for axis in spec)
-    return _fitted(value, value.specs(spec, tensor), mesh)
+    return fitted(value, value.specs(spec, tensor), mesh)
 
   return update_at({}, {path: of(path, value) for path, value in walk(params)})
+
+
+def gathered(
+  params: Mapping[str, Any],
+  base_specs: Any,
+  mesh: jax.sharding.Mesh,
+  *,
+  fsdp: Sequence[str] = ("fsdp", "data"),
+) -> dict[str, jax.sharding.NamedSharding]:
+  """How frozen kernels of 4 bits lie while a product uses them, for `bypass(apply, gathered=...)`.
+
+  Under fully sharded data parallelism a kernel is brought together for each product. XLA by itself
+  dequantizes the shards and moves what that gives, 8 times the bytes of the codes (4 in bfloat16).
+  With this a product first asks for the codes without the FSDP axes, so codes travel. Tensor axes
+  stay: there each device computes with its own part.
+
+  Args:
+    params: params with nodes.
+    base_specs: as of `shardings`.
+    mesh: the device mesh.
+    fsdp: as of `shardings`.
+
+  Returns:
+    The sharding of one layer's kernel, by path, for every weight node.
+
+  Raises:
+    ValueError: if a node has no spec.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, pelt_jax as pelt
+    >>> from jax.sharding import PartitionSpec as P
+    >>> model, x = nn.Dense(8), jnp.ones((2, 64))
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> params = pelt.nf4(targets="kernel").init(jax.random.key(1), params, pelt.sites(model, x))
+    >>> mesh, specs = jax.make_mesh((1,), ("fsdp",)), {"kernel": P("fsdp", None), "bias": P()}
+    >>> where = pelt.gathered(params, specs, mesh)
+    >>> tuple(where["kernel"].spec)
+    (None, None)
+    >>> params = jax.device_put(params, pelt.shardings(params, specs, mesh))
+    >>> pelt.bypass(model.apply, gathered=where)({"params": params}, x).shape
+    (2, 8)
+  """
+  known = dict(walk(base_specs))
+  found = {}
+  for path, value in walk(params):
+    value = unbox(value)
+    if not isinstance(value, Weight):
+      continue
+    if path not in known:
+      raise ValueError(f"base_specs has no PartitionSpec for {path!r}; give P() to replicate it")
+    spec = (*known[path], *(None,) * (value.ndim - len(known[path])))[value.stacked :]
+    tensor = (_without(axis, tuple(fsdp)) for axis in spec)
+    found[path] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*tensor))
+  return found
 
 
 def _without(axis: Any, names: tuple[str, ...]) -> Any:
@@ -333,7 +387,7 @@ def _without(axis: Any, names: tuple[str, ...]) -> Any:
   return left if len(left) > 1 else (left[0] if left else None)
 
 
-def _fitted(value: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
+def fitted(value: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
   """Specs as shardings, without the axes that do not divide the array."""
 
   def fit(x: Any, spec: Any) -> jax.sharding.NamedSharding:

@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from pelt_jax._node import Weight, contract, derived, extra, static, strip
 from pelt_jax._save import fingerprint
+from pelt_jax._tree import fitted
 from pelt_jax.quantization._blocks import (
   decode_scales,
   encode,
@@ -115,7 +116,8 @@ class NF4Weight(Weight):
     return whole(self._arrays())
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
-    return _product((eq, self.plan, precision, x.shape, x.dtype), x, self._arrays())
+    how = (eq, self.plan, precision, x.shape, x.dtype, self._places(call))
+    return _product(how, x, self._arrays())
 
   def rebuild(self, source: Any) -> Self:
     made: Any
@@ -146,6 +148,15 @@ class NF4Weight(Weight):
       .specs(spec, tuple(lead) + (None,) * len(kernel))
       .replace(codes=P(*lead, *two), scales=P(*lead, *two))
     )
+
+  def _places(self, call: Any) -> tuple:
+    """How the arrays lie while a product uses them: (name, sharding) each, if that was said."""
+    wanted = None if call is None else call.sharding
+    if wanted is None:
+      return ()
+    spec = tuple(wanted.spec)
+    found = fitted(self, self.specs(spec, spec), wanted.mesh)
+    return tuple((name, getattr(found, name)) for name in self._arrays())
 
   def _arrays(self) -> dict[str, jax.Array]:
     names = ("codes", "scales", "nested", "offset")
@@ -276,24 +287,27 @@ def _dequantize(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
     scales = decoded.reshape(scales.shape, order=axis)
   codes = unpack_words(codes) if words else unpack_bytes(codes)
   values = lookup(np.asarray(plan.code_book.values, np.float32), codes)
-  cut = len(plan.order) - plan.inputs
+  cut, order = len(plan.order) - plan.inputs, plan.order
+  # A scale per word or byte: where devices share a block, each has all that its codes need.
   if words:
-    matrix = values.reshape(-1, plan.block, rows) * scales[:, None, :]
+    scales = jnp.repeat(scales, plan.block // 8, axis=0)
+    matrix = values.reshape(-1, 8, rows) * scales[:, None, :]
     order = (*plan.order[cut:], *plan.order[:cut])
+  elif plan.layout == "rows":
+    scales = jnp.repeat(scales, plan.block // 2, axis=1)
+    matrix = values.reshape(rows, -1, 2) * scales[:, :, None]
   else:
-    room = scales.size * plan.block - values.size
-    values = jnp.pad(values.reshape(-1), (0, room))
-    matrix = values.reshape(-1, plan.block) * scales.reshape(-1, 1)
+    values = jnp.pad(values, (0, scales.size * plan.block - values.size))
+    matrix = values.reshape(-1, plan.block) * scales[:, None]
     matrix = matrix.reshape(-1)[: rows * columns]
-    order = plan.order
   kernel = jnp.asarray(matrix, plan.kind).reshape([plan.sizes[i] for i in order])
   return kernel.transpose(np.argsort(order))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(how: tuple, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-  eq, plan, precision, *_ = how
-  return contract(eq, x, _dequantize(plan, arrays), precision)
+  eq, plan, precision, *_, places = how
+  return contract(eq, x, _dequantize(plan, _placed(arrays, places)), precision)
 
 
 def _forward(how: tuple, x: jax.Array, arrays: dict[str, jax.Array]) -> tuple:
@@ -301,13 +315,18 @@ def _forward(how: tuple, x: jax.Array, arrays: dict[str, jax.Array]) -> tuple:
 
 
 def _backward(how: tuple, arrays: dict[str, jax.Array], g: Any) -> tuple:
-  eq, plan, precision, shape, dtype = how
+  eq, plan, precision, shape, dtype, places = how
   # Without the barrier XLA would find that the forward pass dequantized already, and keep that.
   arrays, g = jax.lax.optimization_barrier((arrays, g))
-  kernel = _dequantize(plan, arrays)
+  kernel = _dequantize(plan, _placed(arrays, places))
   product = lambda x: contract(eq, x, kernel, precision)
   (dx,) = jax.linear_transpose(product, jax.ShapeDtypeStruct(shape, dtype))(g)
   return dx, jax.tree.map(_no_gradient, arrays)
+
+
+def _placed(arrays: dict[str, jax.Array], places: tuple) -> dict[str, jax.Array]:
+  """The codes brought together, so that devices exchange them and not what they stand for."""
+  return {**arrays, **{n: jax.lax.with_sharding_constraint(arrays[n], at) for n, at in places}}
 
 
 def _no_gradient(x: jax.Array) -> Any:

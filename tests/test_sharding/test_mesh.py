@@ -1,4 +1,4 @@
-"""LoRA on meshes of eight virtual devices: same losses, right placement, no wasted traffic."""
+"""LoRA, and LoRA over 4 bits, on eight virtual devices: losses, placement, no wasted traffic."""
 
 import pytest
 
@@ -23,3 +23,28 @@ def test_looped(mesh):
 @pytest.mark.parametrize("mesh", ["data=2,model=4", "fsdp=8"])
 def test_the_check_sees_the_gradients_of_kernels_that_train(mesh):
   on_devices(f"{WORKER}w.check_detector({mesh!r})")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+  ("mesh", "layout", "scan", "moved"),
+  [
+    ("fsdp=8", "rows", False, {"u8"}),
+    ("fsdp=8", "words", True, {"u32"}),
+    ("fsdp=8", "flat", False, {"u8"}),
+    ("data=2,fsdp=2,model=2", "rows", False, {"u8"}),
+    ("fsdp=2,model=4", "words", True, {"u32"}),
+    ("model=8", "rows", True, set()),
+  ],
+)
+def test_codes_travel_and_weights_do_not(mesh, layout, scan, moved):
+  on_devices(f"{WORKER}assert w.check_codes({mesh!r}, {layout!r}, {scan}) == {moved}")
+
+
+@pytest.mark.parity
+def test_without_being_told_xla_moves_what_codes_stand_for():
+  on_devices(f"{WORKER}assert w.check_codes('fsdp=8', 'rows', False, gather=False) == {{'f32'}}")
+
+
+def test_gathered_names_what_is_there():
+  on_devices(f"{WORKER}w.check_gathered()")

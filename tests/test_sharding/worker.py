@@ -54,9 +54,10 @@ def build(scan, remat, method):
   return model, sites, jax.tree.map(np.asarray, params)
 
 
-def steps(model, params, place=lambda b: b, mesh_of=None):
+def steps(model, params, place=lambda b: b, mesh_of=None, gathered=None):
   """Losses of the steps, the last trainable and frozen parts, and the compiled step."""
-  init, step = training.train_step(pelt.bypass(model.apply), loss, optax.adam(RATE))
+  apply = pelt.bypass(model.apply, gathered=gathered)
+  init, step = training.train_step(apply, loss, optax.adam(RATE))
   trainable, frozen, state = init(params)
   shardings = None
   if mesh_of is not None:
@@ -79,16 +80,21 @@ def steps(model, params, place=lambda b: b, mesh_of=None):
   return np.array(values), trainable, frozen, state, compiled
 
 
-def collectives(text):
-  """`(operation, shape)` of everything that moves between devices; tuples count one by one."""
+def typed_collectives(text):
+  """`(operation, dtype, shape)` of what moves between devices; tuples count one by one."""
   found = []
   for line in text.splitlines():
     match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
     if match:
-      for dims in re.findall(r"\w+\[([\d,]*)\]", match.group(1)):
+      for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match.group(1)):
         shape = tuple(int(d) for d in dims.split(",") if d)
-        found.append((match.group(2), shape))
+        found.append((match.group(2), dtype, shape))
   return found
+
+
+def collectives(text):
+  """`(operation, shape)` of the same."""
+  return [(operation, shape) for operation, _, shape in typed_collectives(text)]
 
 
 def kernel_shapes(frozen, layers):
@@ -157,6 +163,67 @@ def check_specs(trainable, frozen, mesh, scan):
   assert (spec(q.a), spec(q.b)) == ((*lead, None, None), (*lead, None, tensor))
   assert (spec(o.a), spec(o.b)) == ((*lead, tensor, None), (*lead, None, None))
   assert spec(layer["input_layernorm"]["scale"]) == (*lead, None)
+
+
+def check_codes(text, layout, scan, gather=True):
+  """QLoRA on the mesh follows one device, and codes travel instead of weights.
+
+  Returns:
+    Dtypes of the moved arrays that have the size of a kernel or of its codes.
+  """
+  method = pelt.qlora(rank=5, block=32, layout=layout)
+  model, _, params = build(scan, scan, method)
+  wanted, *_ = steps(model, jax.tree.map(jnp.asarray, params))
+  mesh = training.make_mesh(text)
+  model, sites, params = build(scan, scan, method)
+  jax.set_mesh(mesh)
+  specs = training.base_specs(sites, mesh)
+  on_mesh = jax.device_put(params, pelt.shardings(params, specs, mesh))
+  where = pelt.gathered(params, specs, mesh) if gather else None
+  place = lambda batch: training.place_batch(batch, mesh)
+  found, *_, compiled = steps(model, on_mesh, place, mesh, where)
+  print(text, layout, "scan" * scan, "loss", wanted[0], "->", wanted[-1])
+  print("largest difference", np.abs(found - wanted).max())
+  assert wanted[-1] < 0.9 * wanted[0]
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+  moves = typed_collectives(compiled.as_text())
+  print(sorted(set(moves)))
+  # Kernels, and what they are unpacked to on the way; activations have other sizes.
+  kernels = {64 * 64, 64 * 160}
+  shards = {size // n for size in kernels for n in (1, 2, 4, 8)}
+  head = {VOCAB * 64 // n for n in (1, 2, 4, 8)}  # the embedding and the head are not quantized
+  codes = {"u8": 2, "u32": 8}
+  sizes = [(dtype, int(np.prod(shape[-3:])) * codes.get(dtype, 1)) for _, dtype, shape in moves]
+  return {dtype for dtype, size in sizes if size in shards and size not in head}
+
+
+def check_gathered():
+  """Layers of a scan have one sharding; names that params lack are an error."""
+  mesh = training.make_mesh("fsdp=4,model=2")
+  model, sites, params = build(True, False, pelt.qlora(rank=2, block=32))
+  specs = training.base_specs(sites, mesh)
+  where = pelt.gathered(params, specs, mesh)
+  found = {path.rpartition("/")[0].rpartition("/")[2]: tuple(at.spec) for path, at in where.items()}
+  into, out = (None, "model"), ("model", None)
+  assert found == {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), into),
+    **dict.fromkeys(("o_proj", "down_proj"), out),
+  }
+  assert all(tuple(at.spec) in {into, out} for at in where.values())
+  ids = jnp.zeros((8, 4), jnp.int32)
+  for call, message in (
+    (
+      lambda: pelt.bypass(model.apply, gathered={"nowhere": 0})({"params": params}, ids),
+      "gathered names 'nowhere', which params do not have",
+    ),
+    (lambda: pelt.gathered(params, {}, mesh), "base_specs has no PartitionSpec for"),
+  ):
+    try:
+      call()
+    except ValueError as error:
+      assert message in str(error), error
+    else:
+      raise AssertionError(message)
 
 
 def check_detector(text):
