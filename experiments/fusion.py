@@ -27,7 +27,8 @@ def plot(path: pathlib.Path, results: dict) -> None:
   for axes, (name, table) in zip(figure.subplots(1, len(tables)), tables.items(), strict=True):
     image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for (layer, member), value in np.ndenumerate(table):
-      axes.text(member, layer, f"{value:.2f}", ha="center", va="center", color="white", fontsize=8)
+      ink = "black" if value > 0.6 else "white"
+      axes.text(member, layer, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
     axes.set(title=f"fusion for {name}", xlabel="adapter of", ylabel="layer")
     axes.set_xticks(range(len(tables)), list(tables))
     axes.set_yticks(range(len(table)))
