@@ -89,7 +89,7 @@ def abstract_step(name: str, args: argparse.Namespace, layout: str):
   params = jax.eval_shape(lambda key, p: method.init(key, p, sites), jax.random.key(1), base)
   trainable, frozen = pelt.partition(params)
   tx = optax.adamw(1e-4, b2=0.999)
-  tx = tx if args.naive else pelt.paged(tx, LIMIT)
+  tx = pelt.paged(tx, LIMIT) if args.paged else tx
   _, step = training.train_step(pelt.bypass(model.apply), training.next_token, tx, clip=0.3)
   state = training.State(jax.eval_shape(tx.init, trainable), ())
   batch = {"input_ids": ids, "labels": ids}
@@ -129,7 +129,7 @@ def measure(name: str, target: str, args: argparse.Namespace) -> dict:
   step, given = abstract_step(name, args, "words" if chip.platform == "tpu" else "rows")
   at = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
   away = lambda x: jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=host if x.size >= LIMIT and not args.naive else here
+    x.shape, x.dtype, sharding=host if x.size >= LIMIT and args.paged else here
   )
   trainable, frozen, state, batch, key = given
   placed = (
@@ -160,7 +160,7 @@ def measure(name: str, target: str, args: argparse.Namespace) -> dict:
       "moments": sorted({str(x.dtype) for x in large}),
     },
     "bytes": sizes | {"device": total},
-    "paged": sum(x.size * x.dtype.itemsize for x in large),
+    "paged": sum(x.size * x.dtype.itemsize for x in large) if args.paged else 0,
     "flops": (compiled.cost_analysis() or {}).get("flops"),
     "compile_s": seconds,
   }
@@ -181,13 +181,12 @@ def markdown(results: dict) -> str:
   for r in sorted(results["rows"], key=lambda r: (r["fit"] or 0, r["target"], r["model"])):
     sizes, kinds = r["bytes"], r["dtypes"]
     how = ", ".join(dict.fromkeys([*kinds["lora"], *kinds["moments"]]))
-    how += f", rank {r['rank']}" + ", naive" * r["naive"]
+    how += f", rank {r['rank']}" + (", naive" if r["naive"] else ", unpaged" * (not r["paged"]))
+    device, temp, host = (sizes[k] / 1e9 for k in ("device", "temp", "host_argument"))
     room = f"longest for {r['fit']:g} GB" if r["fit"] else f"{CARDS[r['target']]} GB"
-    host = sizes["host_argument"] or (0 if r["naive"] else r["paged"])
     lines.append(
       f"| {r['model']} | {r['length']:,} | {r['target']}, {room} | {how} "
-      f"| {sizes['device'] / 1e9:.2f} | {sizes['temp'] / 1e9:.2f} | {host / 1e9:.2f} "
-      f"| {r['compile_s']:.0f} s |"
+      f"| {device:.2f} | {temp:.2f} | {host:.2f} | {r['compile_s']:.0f} s |"
     )
   versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
   return "\n".join([*lines, "", f"{results['date']}; {versions}.", ""])
@@ -206,7 +205,9 @@ def main() -> None:
   parser.add_argument("--naive", action="store_true", help="LoRA on bfloat16, nothing paged")
   parser.add_argument("--fit", type=float, help="search the longest context for so many GB")
   parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
+  parser.add_argument("--unpaged", dest="paged", action="store_false", help="state on the device")
   args = parser.parse_args()
+  args.paged &= not args.naive
   args.out.mkdir(parents=True, exist_ok=True)
   file = args.out / "aot_memory.json"
   results = json.loads(file.read_text()) if file.is_file() else {"rows": []}
@@ -219,7 +220,11 @@ def main() -> None:
     for target in args.targets:
       row = (longest if args.fit else measure)(name, target, args)
       again = (*same, *(() if args.fit else ("length",)))
-      others = [r for r in results["rows"] if any(r[k] != row[k] for k in again)]
+      others = [
+        r
+        for r in results["rows"]
+        if any(r[k] != row[k] for k in again) or bool(r["paged"]) != args.paged
+      ]
       results["rows"] = [*others, row]
       print(json.dumps(row), flush=True)
       if not args.layers:
