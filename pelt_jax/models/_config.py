@@ -154,10 +154,12 @@ def read_config(raw: Mapping[str, Any], *, source: str | None = None) -> Config:
   kind = raw.get("model_type")
   if kind not in _DEFAULTS:
     raise ValueError(f"model_type {kind!r} is not supported; known: {', '.join(_DEFAULTS)}")
-  if raw.get("quantization_config"):
+  how = raw.get("quantization_config") or {}
+  if how and not (how.get("quant_method") == "bitsandbytes" and how.get("load_in_4bit")):
     raise ValueError(
-      "config.json has a quantization_config: only plain checkpoints are read. "
-      "Load the unquantized one and quantize it here (`transform=pelt.nf4(...)`)."
+      f"config.json has a quantization_config of {how.get('quant_method', 'an unknown method')!r}: "
+      "read are plain checkpoints and those of bitsandbytes in 4 bits. Load the unquantized one "
+      "and quantize it here (`transform=pelt.nf4(...)`)."
     )
   # An explicit null means "the default" only where the default itself says what null means.
   got = {k: v for k, v in raw.items() if v is not None or k == "sliding_window"}

@@ -36,6 +36,8 @@ from pelt_jax.models._names import (
   transposed,
 )
 from pelt_jax.models._safetensors import Entry, read_header
+from pelt_jax.quantization import NF4Weight
+from pelt_jax.quantization._bitsandbytes import STATE, from_tensors, is_part, shape_of
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +79,8 @@ def from_pretrained(
     scan: stack the layers' parameters and compile one layer.
     remat: keep only the layers' inputs for the backward pass.
     transform: a `Transform` applied to one real tensor at a time, so that a quantized load never
-      holds the model twice.
+      holds the model twice. Not for a checkpoint that bitsandbytes quantized to 4 bits, whose
+      linear layers come as `pelt.quantization.NF4Weight`: apply it to what was loaded.
     key: for a head that the checkpoint lacks (and for `transform`); `jax.random.key(0)` if None.
 
   Returns:
@@ -105,8 +108,14 @@ def from_pretrained(
   key = jax.random.key(0) if key is None else key
   read = _reader(model, entries, key, folder)
   if transform is not None:
+    if found := quantized(entries):
+      raise ValueError(
+        f"transform: {folder} is quantized already ({found[0]}). Load it as it is and apply the "
+        "transform's init to what comes"
+      )
     return model, _load_with_transform(model, read, transform, key)
-  return model, _assemble(model, read, lambda path, value: jnp.asarray(value))
+  place = lambda path, value: value if isinstance(value, NF4Weight) else jnp.asarray(value)
+  return model, _assemble(model, read, place)
 
 
 def abstract_params(model: nn.Module) -> dict[str, Any]:
@@ -147,13 +156,22 @@ def _reader(
 ) -> dict[str, Callable[[], np.ndarray]]:
   """Looped path -> a function that reads that tensor, after all names and shapes were checked."""
   expected = dict(walk(abstract_params(model.clone(scan=False))))
+  four_bits = quantized(entries)
   readers: dict[str, Callable[[], np.ndarray]] = {}
   used, problems, fresh = set(), [], []
   for path, leaf in expected.items():
     name = torch_name(path)
     found = next((n for n in aliases(name, model) if n in entries), None)
     shape = leaf.shape[::-1] if transposed(path, model) else leaf.shape
-    if found is not None:
+    if found in four_bits:
+      parts = {n.removeprefix(found): e for n, e in entries.items() if _part_of(n, found)}
+      used.update(found + suffix for suffix in parts)
+      if not transposed(path, model):
+        problems.append(f"{found} is quantized to 4 bits, which only linear layers can be")
+      elif (given := shape_of({s: e.read() for s, e in parts.items()})) != shape:
+        problems.append(f"{found} has shape {given} in 4 bits, expected {shape}")
+      readers[path] = _four_bits(found, parts)
+    elif found is not None:
       used.add(found)
       if entries[found].shape != shape:
         hint = " (see num_labels)" if FRESH.match(path) else ""
@@ -193,6 +211,25 @@ def _tensor(entry: Entry, dtype: Any, transpose: bool) -> Callable[[], np.ndarra
   def read() -> np.ndarray:
     value = entry.read()
     return np.array(value.T if transpose else value, dtype, order="C")  # a copy, not the mapping
+
+  return read
+
+
+def quantized(entries: Mapping[str, Entry]) -> list[str]:
+  """Names of the weights that bitsandbytes quantized to 4 bits."""
+  return [name.partition(STATE)[0] for name in entries if STATE in name]
+
+
+def _part_of(name: str, weight: str) -> bool:
+  return name == weight or (name.startswith(weight) and is_part(name[len(weight) :]))
+
+
+def _four_bits(name: str, parts: Mapping[str, Entry]) -> Callable[[], Any]:
+  def read() -> NF4Weight:
+    try:
+      return from_tensors({suffix: entry.read() for suffix, entry in parts.items()})
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from error
 
   return read
 

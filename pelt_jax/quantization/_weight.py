@@ -225,7 +225,7 @@ def quantize(
     book if isinstance(book, str) else tuple(float(v) for v in book),
     block,
     bool(double_quant),
-    _fitting(layout, math.prod(sizes[i] for i in rest), block),
+    fitting(layout, math.prod(sizes[i] for i in rest), block),
   )
   if not isinstance(kernel, Tracer) and not bool(jnp.isfinite(kernel).all()):
     raise ValueError("kernel holds infinities or NaNs, which no code stands for")
@@ -245,7 +245,8 @@ def check_options(book: Any, block: Any, layout: Any) -> None:
     raise ValueError(f"layout must be one of {LAYOUTS}, or None for the platform's, got {layout!r}")
 
 
-def _fitting(layout: str | None, inputs: int, block: int) -> str:
+def fitting(layout: str | None, inputs: int, block: int) -> str:
+  """The layout that was asked for, the platform's, or "flat" where blocks cross rows."""
   layout = layout or ("words" if jax.default_backend() == "tpu" else "rows")
   return "flat" if inputs % block else layout
 
@@ -267,13 +268,30 @@ def _quantize(plan: Plan, kernel: jax.Array) -> dict[str, jax.Array]:
   if plan.double:
     made["offset"] = jnp.mean(scales)
     scales, made["nested"] = encode_scales(scales, made["offset"])
+  return made | packed(plan, codes, scales)
+
+
+def packed(plan: Plan, codes: jax.Array, scales: jax.Array) -> dict[str, jax.Array]:
+  """Codes and scales in order of the rows, as the layout has them."""
+  rows, columns = plan.matrix
   zero = plan.code_book.zero
   if plan.layout == "flat":
-    return made | {"codes": pack_bytes(codes, zero), "scales": scales}
+    return {"codes": pack_bytes(codes, zero), "scales": scales}
   codes, scales = codes.reshape(rows, columns), scales.reshape(rows, -1)
   if plan.layout == "words":
-    return made | {"codes": pack_words(codes.T), "scales": scales.T}
-  return made | {"codes": pack_bytes(codes, zero), "scales": scales}
+    return {"codes": pack_words(codes.T), "scales": scales.T}
+  return {"codes": pack_bytes(codes, zero), "scales": scales}
+
+
+def unpacked(plan: Plan, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """What `packed` was given."""
+  rows, columns = plan.matrix
+  codes, scales = arrays["codes"], arrays["scales"]
+  if plan.layout == "words":
+    codes, scales = unpack_words(codes).T, scales.T
+  else:
+    codes = unpack_bytes(codes)
+  return codes.reshape(-1)[: rows * columns], scales.reshape(-1)
 
 
 def _dequantize(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
