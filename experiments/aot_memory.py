@@ -78,8 +78,7 @@ def abstract_step(name: str, args: argparse.Namespace, layout: str):
   )
   ids = jax.ShapeDtypeStruct((1, args.length), jnp.int32)
   half = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
-  base = jax.eval_shape(lambda key: model.init(key, ids_of(ids))["params"], jax.random.key(0))
-  base = jax.tree.map(half, base)
+  base = jax.tree.map(half, jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
   sites = pelt.sites(model, ids)
   kind = jnp.dtype(args.lora)
   if args.naive:
@@ -95,10 +94,6 @@ def abstract_step(name: str, args: argparse.Namespace, layout: str):
   batch = {"input_ids": ids, "labels": ids}
   key = jax.eval_shape(lambda: jax.random.key(0))
   return step, (trainable, frozen, state, batch, key)
-
-
-def ids_of(shape: jax.ShapeDtypeStruct) -> jax.Array:
-  return jnp.zeros(shape.shape, shape.dtype)
 
 
 def longest(name: str, target: str, args: argparse.Namespace) -> dict:

@@ -316,10 +316,7 @@ def shardings(
     if isinstance(value, Node) and not isinstance(value, Weight):
       spec = P(*(None,) * value.stacked)
       return fitted(value, value.specs(tuple(spec), tuple(spec)), mesh)
-    if path not in known:
-      raise ValueError(f"base_specs has no PartitionSpec for {path!r}; give P() to replicate it")
-    ndim = value.ndim if isinstance(value, Weight) else jnp.ndim(value)
-    spec = (*known[path], *(None,) * (ndim - len(known[path])))
+    spec = _spec_of(known, path, value)
     if not isinstance(value, Weight):
       return fitted(value, P(*spec), mesh)
     tensor = tuple(_without(axis, tuple(fsdp)) for axis in spec)
@@ -374,12 +371,18 @@ def gathered(
     value = unbox(value)
     if not isinstance(value, Weight):
       continue
-    if path not in known:
-      raise ValueError(f"base_specs has no PartitionSpec for {path!r}; give P() to replicate it")
-    spec = (*known[path], *(None,) * (value.ndim - len(known[path])))[value.stacked :]
+    spec = _spec_of(known, path, value)[value.stacked :]
     tensor = (_without(axis, tuple(fsdp)) for axis in spec)
     found[path] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*tensor))
   return found
+
+
+def _spec_of(known: Mapping[str, Any], path: str, value: Any) -> tuple:
+  """A leaf's partition spec, one entry per axis."""
+  if path not in known:
+    raise ValueError(f"base_specs has no PartitionSpec for {path!r}; give P() to replicate it")
+  ndim = value.ndim if isinstance(value, Weight) else jnp.ndim(value)
+  return (*known[path], *(None,) * (ndim - len(known[path])))
 
 
 def _without(axis: Any, names: tuple[str, ...]) -> Any:

@@ -37,7 +37,7 @@ from pelt_jax.models._names import (
 )
 from pelt_jax.models._safetensors import Entry, read_header
 from pelt_jax.quantization import NF4Weight
-from pelt_jax.quantization._bitsandbytes import STATE, from_tensors, is_part, shape_of
+from pelt_jax.quantization._bitsandbytes import STATE, SUFFIXES, from_tensors, shape_of
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _reader(
 ) -> dict[str, Callable[[], np.ndarray]]:
   """Looped path -> a function that reads that tensor, after all names and shapes were checked."""
   expected = dict(walk(abstract_params(model.clone(scan=False))))
-  four_bits = quantized(entries)
+  four_bits = set(quantized(entries))
   readers: dict[str, Callable[[], np.ndarray]] = {}
   used, problems, fresh = set(), [], []
   for path, leaf in expected.items():
@@ -164,8 +164,8 @@ def _reader(
     found = next((n for n in aliases(name, model) if n in entries), None)
     shape = leaf.shape[::-1] if transposed(path, model) else leaf.shape
     if found in four_bits:
-      parts = {n.removeprefix(found): e for n, e in entries.items() if _part_of(n, found)}
-      used.update(found + suffix for suffix in parts)
+      parts = {s: entries[found + s] for s in SUFFIXES if found + s in entries}
+      used.update(found + s for s in parts)
       if not transposed(path, model):
         problems.append(f"{found} is quantized to 4 bits, which only linear layers can be")
       elif (given := shape_of({s: e.read() for s, e in parts.items()})) != shape:
@@ -218,10 +218,6 @@ def _tensor(entry: Entry, dtype: Any, transpose: bool) -> Callable[[], np.ndarra
 def quantized(entries: Mapping[str, Entry]) -> list[str]:
   """Names of the weights that bitsandbytes quantized to 4 bits."""
   return [name.partition(STATE)[0] for name in entries if STATE in name]
-
-
-def _part_of(name: str, weight: str) -> bool:
-  return name == weight or (name.startswith(weight) and is_part(name[len(weight) :]))
 
 
 def _four_bits(name: str, parts: Mapping[str, Entry]) -> Callable[[], Any]:

@@ -17,12 +17,9 @@ from pelt_jax.quantization._weight import NF4Weight, Plan, check_options, fittin
 
 BOOKS = ("nf4", "fp4")
 STATE = ".quant_state.bitsandbytes__"  # before the code book's name
-_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-
-
-def is_part(suffix: str) -> bool:
-  """Whether what follows a weight's name is one of its tensors' names, the codes' own apart."""
-  return suffix in _PARTS or suffix in {STATE + book for book in BOOKS}
+_PLAIN = ("", ".absmax", ".quant_map")
+_NESTED = (".nested_absmax", ".nested_quant_map")
+SUFFIXES = (*_PLAIN, *_NESTED, *(STATE + book for book in BOOKS))  # after a weight's name
 
 
 def to_tensors(weight: NF4Weight) -> dict[str, np.ndarray]:
@@ -84,7 +81,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], layout: str | None = None) -
   """
   state = _state(tensors)
   double = "nested_offset" in state
-  names = ["", *_PARTS] if double else ["", *_PARTS[:2]]
+  names = (*_PLAIN, *_NESTED) if double else _PLAIN
   if missing := [name for name in names if name not in tensors]:
     raise ValueError(f"a 4-bit weight lacks the tensors {missing}")
   book, block = state["quant_type"], state["blocksize"]

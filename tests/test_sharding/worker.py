@@ -109,12 +109,13 @@ def kernel_shapes(frozen, layers):
 
 
 def placed(text, scan, remat, method):
-  """The model and its params on the mesh."""
+  """The model, how its kernels are gathered, and its params on the mesh."""
   mesh = training.make_mesh(text)
   model, sites, params = build(scan, remat, method)
   jax.set_mesh(mesh)
-  specs = pelt.shardings(params, training.base_specs(sites, mesh), mesh)
-  return mesh, model, params, jax.device_put(params, specs)
+  specs = training.base_specs(sites, mesh)
+  where = pelt.gathered(params, specs, mesh)
+  return mesh, model, where, jax.device_put(params, pelt.shardings(params, specs, mesh))
 
 
 def check_training(text, scan, remat):
@@ -174,14 +175,9 @@ def check_codes(text, layout, scan, gather=True):
   method = pelt.qlora(rank=5, block=32, layout=layout)
   model, _, params = build(scan, scan, method)
   wanted, *_ = steps(model, jax.tree.map(jnp.asarray, params))
-  mesh = training.make_mesh(text)
-  model, sites, params = build(scan, scan, method)
-  jax.set_mesh(mesh)
-  specs = training.base_specs(sites, mesh)
-  on_mesh = jax.device_put(params, pelt.shardings(params, specs, mesh))
-  where = pelt.gathered(params, specs, mesh) if gather else None
+  mesh, model, where, on_mesh = placed(text, scan, scan, method)
   place = lambda batch: training.place_batch(batch, mesh)
-  found, *_, compiled = steps(model, on_mesh, place, mesh, where)
+  found, *_, compiled = steps(model, on_mesh, place, mesh, where if gather else None)
   print(text, layout, "scan" * scan, "loss", wanted[0], "->", wanted[-1])
   print("largest difference", np.abs(found - wanted).max())
   assert wanted[-1] < 0.9 * wanted[0]
