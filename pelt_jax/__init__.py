@@ -12,6 +12,8 @@ from pelt_jax._parallel import parallel as parallel
 from pelt_jax._rules import rule as rule
 from pelt_jax._save import load as load
 from pelt_jax._save import save as save
+from pelt_jax._shardings import gathered as gathered
+from pelt_jax._shardings import shardings as shardings
 from pelt_jax._site import Role as Role
 from pelt_jax._site import Site as Site
 from pelt_jax._summary import summary as summary
@@ -23,12 +25,10 @@ from pelt_jax._tree import combine as combine
 from pelt_jax._tree import count as count
 from pelt_jax._tree import delta as delta
 from pelt_jax._tree import fold as fold
-from pelt_jax._tree import gathered as gathered
 from pelt_jax._tree import labels as labels
 from pelt_jax._tree import merge as merge
 from pelt_jax._tree import partition as partition
 from pelt_jax._tree import penalty as penalty
-from pelt_jax._tree import shardings as shardings
 from pelt_jax._tree import value_and_grad as value_and_grad
 from pelt_jax.methods._adapter import adapter as adapter
 from pelt_jax.methods._adapter_drop import adapter_drop as adapter_drop

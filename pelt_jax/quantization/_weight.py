@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from pelt_jax._node import Weight, contract, derived, extra, static, strip
 from pelt_jax._save import fingerprint
-from pelt_jax._tree import fitted
+from pelt_jax._shardings import fitted
 from pelt_jax.quantization._blocks import (
   decode_scales,
   encode,
