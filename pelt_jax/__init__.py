@@ -45,6 +45,7 @@ from pelt_jax.methods._gradnorm import gradnorm_layers as gradnorm_layers
 from pelt_jax.methods._gradnorm import gradnorm_prune as gradnorm_prune
 from pelt_jax.methods._lora import lora as lora
 from pelt_jax.methods._mam import mam as mam
+from pelt_jax.methods._merge_aware import merge_aware as merge_aware
 from pelt_jax.methods._nf4 import nf4 as nf4
 from pelt_jax.methods._nf4 import qlora as qlora
 from pelt_jax.methods._p_tuning import p_tuning as p_tuning

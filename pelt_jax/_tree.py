@@ -155,16 +155,19 @@ def merge(params: Mapping[str, Any]) -> dict:
   Raises:
     ValueError: listing every path that cannot be merged, and why.
   """
-  stuck, params = [], fold(params)
-  for path, value in walk(params):
-    if isinstance(value, Bypass | Weight) and (why := value.unmergeable()):
-      stuck.append(f"{path}: {why}")
-  if stuck:
+  params = fold(params)
+  refuse_unmergeable(params)
+  return _map_nodes(_plain, params)
+
+
+def refuse_unmergeable(params: Mapping[str, Any]) -> None:
+  """Raises ValueError listing every path that cannot be merged, and why."""
+  nodes = ((p, v) for p, v in walk(params) if isinstance(v, Bypass | Weight))
+  if stuck := [f"{path}: {why}" for path, v in nodes if (why := v.unmergeable())]:
     raise ValueError(
       "these nodes cannot be merged into plain params; run them by pelt.bypass(model.apply), keep "
       "them by pelt.save:\n  " + "\n  ".join(stuck)
     )
-  return _map_nodes(_plain, params)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, chain, over, require
 from pelt_jax._walk import update_at
 from pelt_jax.methods._lora import lora, matrices
+from pelt_jax.methods._merge_aware import merge_aware as aware
 from pelt_jax.nodes._lora import _subscripts, lora_axes
 from pelt_jax.quantization import quantize
 from pelt_jax.quantization._weight import check_options
@@ -103,6 +104,7 @@ def qlora(
   double_quant: bool = True,
   layout: str | None = None,
   dtype: Any = None,
+  merge_aware: bool = False,
   group: str | None = "trainable",
 ) -> Transform:
   """`chain(nf4(...), lora(...))`: y = x dequantize(W) + alpha / rank (dropout(x) a) b.
@@ -121,13 +123,14 @@ def qlora(
     double_quant: as of `nf4`.
     layout: as of `nf4`.
     dtype: dtype of a and b; by default the weights'.
+    merge_aware: train what a merge into 4 bits will hold, see `pelt.merge_aware`.
     group: label of a and b; None freezes them.
 
   Returns:
     A `Transform`.
 
   Raises:
-    ValueError: as `nf4` and `lora`.
+    ValueError: as `nf4`, `lora` and `merge_aware`.
 
   Example:
     >>> import pelt_jax as pelt
@@ -143,4 +146,5 @@ def qlora(
       layout=layout,
     ),
     lora(rank, alpha, targets=targets, layers=layers, dropout=dropout, dtype=dtype, group=group),
+    *((aware(),) if merge_aware else ()),
   )

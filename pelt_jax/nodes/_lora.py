@@ -93,7 +93,8 @@ class LoraWeight(Weight):
     _refuse_dropout(self.dropout)
     if isinstance(self.scaling, Branch):
       return _ungated(self.base)
-    whole, delta = materialize(self.base), self._delta()
+    # Not fused into one rounding: the sum is the same in whatever program it stands.
+    whole, delta = jax.lax.optimization_barrier((materialize(self.base), self._delta()))
     wide = np.promote_types(whole.dtype, delta.dtype)
     return jnp.asarray(jnp.asarray(whole, wide) + jnp.asarray(delta, wide), whole.dtype)
 
@@ -170,6 +171,7 @@ class FusedLora(Weight):
     scaling = jnp.asarray(self.scaling, dtype)
     delta = jnp.einsum("...gir,...gro->...igo", a, b, precision="highest")
     delta = self._placed(delta * scaling.reshape(scaling.shape + (1, 1, 1)))
+    whole, delta = jax.lax.optimization_barrier((whole, delta))
     delta = delta if self.fused == 1 else jnp.swapaxes(delta, -1, -2)
     return jnp.asarray(jnp.asarray(whole, dtype) + delta, whole.dtype)
 

@@ -116,7 +116,7 @@ class NF4Weight(Weight):
     return whole(self._arrays())
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
-    how = (eq, self.plan, precision, x.shape, x.dtype, self._places(call))
+    how = (eq, self.plan, precision, x.shape, x.dtype, self.places(call))
     return _product(how, x, self._arrays())
 
   def rebuild(self, source: Any) -> Self:
@@ -149,7 +149,7 @@ class NF4Weight(Weight):
       .replace(codes=P(*lead, *two), scales=P(*lead, *two))
     )
 
-  def _places(self, call: Any) -> tuple:
+  def places(self, call: Any) -> tuple:
     """How the arrays lie while a product uses them: (name, sharding) each, if that was said."""
     wanted = None if call is None else call.sharding
     if wanted is None:
@@ -157,6 +157,18 @@ class NF4Weight(Weight):
     spec = tuple(wanted.spec)
     found = fitted(self, self.specs(spec, spec), wanted.mesh)
     return tuple((name, getattr(found, name)) for name in self._arrays())
+
+  def placed(self, places: tuple) -> Self:
+    """The node with its arrays where `places` says."""
+    return self.replace(**_placed(self._arrays(), places))
+
+  def differing(self, other: Self) -> jax.Array:
+    """The share of the codes that are others in a weight of the same plan."""
+    mine, others = (
+      jnp.stack([w.codes >> 4 * i & 15 for i in range(2 * w.codes.dtype.itemsize)])
+      for w in (self, other)
+    )
+    return jnp.mean(mine != others)
 
   def _arrays(self) -> dict[str, jax.Array]:
     names = ("codes", "scales", "nested", "offset")
@@ -254,13 +266,14 @@ def fitting(layout: str | None, inputs: int, block: int) -> str:
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _stacked(plan: Plan, kernel: jax.Array, stacked: int) -> dict[str, jax.Array]:
   """The arrays of a node, layer by layer."""
-  one = functools.partial(_quantize, plan)
+  one = functools.partial(coded, plan)
   for _ in range(stacked):
     one = functools.partial(jax.lax.map, one)
   return one(kernel)
 
 
-def _quantize(plan: Plan, kernel: jax.Array) -> dict[str, jax.Array]:
+def coded(plan: Plan, kernel: jax.Array) -> dict[str, jax.Array]:
+  """The arrays of one layer's node."""
   rows, columns = plan.matrix
   matrix = kernel.transpose(plan.order).reshape(rows, columns)
   codes, scales = encode(matrix.reshape(-1), plan.code_book, plan.block)
