@@ -86,9 +86,10 @@ def start(name: str, folder: pathlib.Path, base_folder: pathlib.Path, dtype: str
     params = method.init(jax.random.key(1), base, sites)
     return model, params, torch_model(name, base_folder, model, params, dtype)
   theirs = trec.hub_model(torch_base(base_folder, dtype), name)
+  theirs = theirs.to(theirs.dtype)  # what it added is float32 at first
   theirs.save_adapter(str(base_folder / "adapter"), name, with_head=False)
   params = pelt.interop.adapterhub.load(base_folder / "adapter", model, base)
-  return model, head.init(jax.random.key(1), params, sites), theirs.to(theirs.dtype)
+  return model, head.init(jax.random.key(1), params, sites), theirs
 
 
 def torch_base(folder: pathlib.Path, dtype: str):
