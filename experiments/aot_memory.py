@@ -46,19 +46,20 @@ CARDS = {"a6000": 48, "h100": 80, "v5p": 95}  # GB of memory
 LIMIT = 100_000  # elements from which on optimizer state lies in the host's memory
 
 
-def device(target: str) -> jax.Device:
+def devices(target: str, count: int = 1) -> list[jax.Device]:
+  """That many of a kind; the TPU's topology has four."""
   if target == "v5p":
     found = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
   else:
     text = (HERE / "targets" / f"{target}.txtpb").read_text()
     found = topologies.get_topology_desc(
-      platform="cuda", topology_name=target, topology="1x1x1", target_config=text
+      platform="cuda", topology_name=target, topology=f"1x1x{count}", target_config=text
     )
-  return found.devices[0]
+  return list(found.devices)[:count]
 
 
-def abstract_step(name: str, args: argparse.Namespace, layout: str):
-  """The step and its arguments as shapes."""
+def abstract_step(name: str, args: argparse.Namespace, layout: str, mesh=None, gather: bool = True):
+  """The step and its arguments as shapes; on a mesh, how params lie there and its batch's rows."""
   hidden, inner, layers, heads, kv, vocabulary = SHAPES[name]
   model = models.from_config(
     {
@@ -76,7 +77,7 @@ def abstract_step(name: str, args: argparse.Namespace, layout: str):
     remat=True,
     dtype=jnp.bfloat16,
   )
-  ids = jax.ShapeDtypeStruct((1, args.length), jnp.int32)
+  ids = jax.ShapeDtypeStruct((mesh.size if mesh else 1, args.length), jnp.int32)
   half = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
   base = jax.tree.map(half, jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
   sites = pelt.sites(model, ids)
@@ -89,11 +90,16 @@ def abstract_step(name: str, args: argparse.Namespace, layout: str):
   trainable, frozen = pelt.partition(params)
   tx = optax.adamw(1e-4, b2=0.999)
   tx = pelt.paged(tx, LIMIT) if args.paged else tx
-  _, step = training.train_step(pelt.bypass(model.apply), training.next_token, tx, clip=0.3)
+  where, places = None, None
+  if mesh is not None:
+    specs = training.base_specs(sites, mesh)
+    where, places = pelt.gathered(params, specs, mesh), pelt.shardings(params, specs, mesh)
+  apply = pelt.bypass(model.apply, gathered=where if gather else None)
+  _, step = training.train_step(apply, training.next_token, tx, clip=0.3)
   state = training.State(jax.eval_shape(tx.init, trainable), ())
   batch = {"input_ids": ids, "labels": ids}
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return step, (trainable, frozen, state, batch, key)
+  return step, (trainable, frozen, state, batch, key), places
 
 
 def longest(name: str, target: str, args: argparse.Namespace) -> dict:
@@ -117,11 +123,11 @@ def longest(name: str, target: str, args: argparse.Namespace) -> dict:
 
 
 def measure(name: str, target: str, args: argparse.Namespace) -> dict:
-  chip = device(target)
+  (chip,) = devices(target)
   here = jax.sharding.SingleDeviceSharding(chip)
   host = jax.sharding.SingleDeviceSharding(chip, memory_kind="pinned_host")
   # The layout follows the platform; the default one would follow this machine's.
-  step, given = abstract_step(name, args, "words" if chip.platform == "tpu" else "rows")
+  step, given, _ = abstract_step(name, args, "words" if chip.platform == "tpu" else "rows")
   at = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
   away = lambda x: jax.ShapeDtypeStruct(
     x.shape, x.dtype, sharding=host if x.size >= LIMIT and args.paged else here

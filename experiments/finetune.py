@@ -27,6 +27,7 @@ from options import (
   build_method,
   check_arguments,
   parse,
+  quantizing,
   run_options,
   starts_from,
 )
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> dict:
     dtype=jnp.dtype(args.dtype),
     scan=args.scan,
     remat=args.remat,
+    transform=quantizing(args, method),
     key=jax.random.key(args.seed),
   )
   tokenizer = tokenizer or training.load_tokenizer(model.config.source)
@@ -102,7 +104,9 @@ def main(argv: list[str] | None = None) -> dict:
     method = build_method(args, members=read_members(args, source))
   ids = jnp.zeros((args.batch, 8), jnp.int32)
   sites = pelt.sites(model, ids, jnp.ones_like(ids))
-  params = training.masters(method.init(jax.random.key(args.seed), base, sites))
+  whole = args.method == "qlora"  # its nodes came with the codes
+  params = base if whole else method.init(jax.random.key(args.seed), base, sites)
+  params = training.masters(params)
   virtual = pelt.virtual_tokens(params)
   if limit is not None and hasattr(model, "learned_positions"):
     limit = model.learned_positions - training.positions_taken(params)

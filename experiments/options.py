@@ -17,6 +17,7 @@ RATES = {
   "full": {"classification": 5e-5, "tagging": 5e-5, "lm": 5e-5, "seq2seq": 5e-5},
   "bitfit": {"classification": 2e-3, "tagging": 2e-3, "lm": 1e-3, "seq2seq": 1e-3},
   "lora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
+  "qlora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "prompt_tuning": {"classification": 3e-2, "tagging": 3e-2, "lm": 1e-2, "seq2seq": 3e-2},
   "p_tuning": {"classification": 1e-2, "tagging": 1e-2, "lm": 1e-3, "seq2seq": 1e-3},
   "prefix_tuning": {"classification": 2e-4, "tagging": 2e-4, "lm": 2e-4, "seq2seq": 2e-4},
@@ -78,6 +79,7 @@ def parse(argv: list[str] | None, about: str | None) -> argparse.Namespace:
   add("--new-tokens", type=int, default=64, help="longest answer")
   add("--seed", type=int, default=0)
   add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the frozen model")
+  add("--quantize", choices=("nf4", "fp4"), help="the frozen linear layers in 4 bits, any method")
   add("--scan", action="store_true", help="compile one layer instead of all")
   add("--remat", action="store_true", help="save memory by computing activations again")
   add("--paged", action="store_true", help="keep the optimizer's large arrays in host memory")
@@ -114,6 +116,9 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
     args.write = WRITE.get(args.task, 0)
   if args.general and args.task != "lm":
     raise ValueError("--general compares losses of language models: it needs --task lm")
+  if args.quantize and args.method in ("qlora", "full"):
+    why = "quantizes by itself: --set book=fp4" if args.method == "qlora" else "trains every weight"
+    raise ValueError(f"--quantize {args.quantize}: --method {args.method} {why}")
   if args.out is None:
     if not demo:
       raise ValueError("--out is missing: the folder to write")
@@ -280,6 +285,13 @@ def build_method(
   return method
 
 
+def quantizing(args: argparse.Namespace, method: pelt.Transform) -> pelt.Transform | None:
+  """What turns weights into codes while they are read, so that no whole model is ever held."""
+  if args.method == "qlora":
+    return method
+  return pelt.nf4(book=args.quantize, double_quant=True) if args.quantize else None
+
+
 def typed_options(method: str, factory, settings: list[str]) -> dict:
   """`KEY=VALUE` texts as the factory's signature wants them."""
   parameters = inspect.signature(factory).parameters
@@ -362,7 +374,7 @@ def run_options(args: argparse.Namespace, steps: int) -> dict:
     "head_lr",
     "length",
   )
-  names += ("seed", "dtype", "scan", "best", "placement", "verbalizer", "init_text")
+  names += ("seed", "dtype", "scan", "best", "quantize", "placement", "verbalizer", "init_text")
   template = args.template and args.template.source
   adapters = args.adapters and {name: str(folder) for name, folder in args.adapters.items()}
   return {name: getattr(args, name) for name in names} | {

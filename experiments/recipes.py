@@ -47,7 +47,13 @@ NEW = {
 # torch PEFT's prompts start from tokens of the whole vocabulary, here of MiniLM's.
 WHOLE = {"prompt_tuning_whole": Recipe("prompt_tuning", (LENGTH, "vocabulary=30522"))}
 PLAIN = {name: Recipe(name) for name in ("lora", "full", "bitfit")}
-RECIPES = PLAIN | PROMPTS | WHOLE | ADAPTERS | NEW
+# LoRA on every linear layer, over floats, over 4-bit codes, and trained for a merge into them.
+QUANTIZED = {
+  "lora_all": Recipe("lora", ("rank=8", "alpha=8", "targets=all-linear")),
+  "qlora": Recipe("qlora", ("rank=8", "alpha=8")),
+  "qlora_merge_aware": Recipe("qlora", ("rank=8", "alpha=8", "merge_aware=true")),
+}
+RECIPES = QUANTIZED | PLAIN | PROMPTS | WHOLE | ADAPTERS | NEW
 
 
 def rates(name: str, task: str) -> tuple[float, float]:

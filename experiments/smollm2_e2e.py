@@ -25,6 +25,8 @@ PROMPT = "Write one sentence about this restaurant, with every fact given: "
 SHOWN, NEW_TOKENS = 10, 60
 METHODS = {
   "lora": ("lora", "rank=16", "alpha=32", "targets=all-linear"),
+  "qlora": ("qlora", "rank=16", "alpha=32"),
+  "qlora_merge_aware": ("qlora", "rank=16", "alpha=32", "merge_aware=true"),
   "prefix_tuning": ("prefix_tuning", "length=20"),
   "prompt_tuning": ("prompt_tuning", "length=20"),
   "parallel": ("adapter", "style=scaled_parallel", "bottleneck=64"),

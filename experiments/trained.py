@@ -43,11 +43,13 @@ def run(out: pathlib.Path, job: list[str]) -> dict:
 
 
 def load(out: pathlib.Path) -> Trained:
-  """What a run of a task with labels left in `out`."""
+  """What a run left in `out`."""
   report = json.loads((out / "report.json").read_text())
   settings, task = report["settings"], report["task"]
-  labels = json.loads((out / "adapter" / "labels.json").read_text())
-  model, base = models.from_pretrained(settings["model"], task=task, num_labels=len(labels))
+  file = out / "adapter" / "labels.json"
+  labels = json.loads(file.read_text()) if file.is_file() else ()
+  count = len(labels) or None
+  model, base = models.from_pretrained(settings["model"], task=task, num_labels=count)
   params = pelt.load(out / "adapter", base)
   rows = training.encode(
     training.read(settings["eval"], task, settings["columns"]),

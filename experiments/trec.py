@@ -22,7 +22,7 @@ from reporting import write
 
 RECIPE = {"epochs": 3, "batch": 32, "length": recipes.LENGTHS["trec"]}
 RATES = {name: recipes.rates(name, "classification") for name in RECIPES}
-RATES |= {"lora": (1e-3, 1e-3), "full": (1e-4, 1e-4)}
+RATES |= dict.fromkeys(("lora", *recipes.QUANTIZED), (1e-3, 1e-3)) | {"full": (1e-4, 1e-4)}
 
 
 def ours(args: argparse.Namespace, out: pathlib.Path, name: str) -> list[float]:

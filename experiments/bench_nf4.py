@@ -1,0 +1,252 @@
+"""NF4 here, in qwix and in bitsandbytes: dequantizing, a forward pass and a QLoRA step, on CPU.
+
+    python experiments/bench_nf4.py --out experiments/results
+
+Two feed-forward blocks of nn.Dense (1024 -> 4096 -> 1024), float32, every kernel in NF4 in blocks
+of 64, LoRA of rank 16, 256 tokens, two threads. Functions take turns in one
+process, and CPU times are compared pair by pair. bitsandbytes runs Linear4bit with LoRA beside it.
+
+Needs torch, bitsandbytes and qwix.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Idle torch threads would otherwise spin, and their CPU time would be charged to others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from reporting import write
+from timing import alternate, ratio
+
+import pelt_jax as pelt
+
+WIDTH, INNER, BLOCKS, TOKENS, RANK, LR = 1024, 4096, 2, 256, 16, 1e-3
+
+
+class Blocks(nn.Module):
+  """x + down(gelu(up(x))), several times."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for i in range(BLOCKS):
+      h = nn.gelu(nn.Dense(INNER, name=f"up_{i}", use_bias=False)(x))
+      x = x + nn.Dense(WIDTH, name=f"down_{i}", use_bias=False)(h)
+    return x
+
+
+def data() -> tuple[dict, np.ndarray]:
+  """Kernels by module, and the input."""
+  rng = np.random.default_rng(0)
+  drawn = lambda a, b: rng.normal(0, 0.02, (a, b)).astype(np.float32)
+  sizes = {"up": (WIDTH, INNER), "down": (INNER, WIDTH)}
+  kernels = {f"{n}_{i}": drawn(*s) for i in range(BLOCKS) for n, s in sizes.items()}
+  return kernels, rng.normal(size=(TOKENS, WIDTH)).astype(np.float32)
+
+
+def stepped(apply, params, split, x):
+  """A jitted AdamW step on what trains, that keeps its own state, and a jitted forward pass."""
+  trainable, frozen = split(params)
+  tx = optax.adamw(LR)
+  join = pelt.combine
+
+  @jax.jit
+  def step(trainable, state, frozen, x):
+    loss = lambda t: jnp.mean(apply(join(t, frozen), x) ** 2)
+    value, grads = jax.value_and_grad(loss)(trainable)
+    updates, state = tx.update(grads, state, trainable)
+    return optax.apply_updates(trainable, updates), state, value
+
+  forward = jax.jit(lambda params, x: apply(params, x))
+  held = [trainable, tx.init(trainable)]
+
+  def run() -> float:
+    held[0], held[1], value = step(held[0], held[1], frozen, x)
+    return float(value)
+
+  return lambda: forward(params, x).block_until_ready(), run
+
+
+def here(kernels: dict, x: jax.Array) -> dict:
+  model = Blocks()
+  params = {name: {"kernel": jnp.asarray(kernel)} for name, kernel in kernels.items()}
+  method = pelt.chain(pelt.nf4(targets="kernel"), pelt.lora(RANK, RANK, targets="kernel"))
+  params = method.init(jax.random.key(0), params, pelt.sites(model, x))
+  apply = pelt.bypass(model.apply)
+  nodes = [params[name]["kernel"].base for name in kernels]
+  whole = jax.jit(lambda nodes: [n.materialize() for n in nodes])
+  forward, step = stepped(lambda p, x: apply({"params": p}, x), params, pelt.partition, x)
+  return {
+    "dequantize": lambda: jax.block_until_ready(whole(nodes)),
+    "forward": forward,
+    "step": step,
+    "values": whole(nodes),
+    "bytes": sum(n.codes.nbytes + n.scales.nbytes for n in nodes),
+  }
+
+
+def in_qwix(kernels: dict, x: jax.Array) -> dict:
+  import qwix
+
+  options = {"weight_qtype": "nf4", "tile_size": 64, "rank": RANK, "alpha": RANK}
+  model = qwix.apply_lora_to_model(Blocks(), qwix.LoraProvider(module_path=".*", **options))
+  params = model.init(jax.random.key(0), x)["params"]
+  for name, kernel in kernels.items():
+    how = params[name]["kernel"].how
+    made = qwix.quantize(
+      jnp.asarray(kernel),
+      how.qtype,
+      channelwise_axes=how.channelwise_axes,
+      tiled_axes=how.tiled_axes,
+    )
+    params[name]["kernel"] = params[name]["kernel"].replace(array=made)
+  is_array = lambda v: hasattr(v, "how")
+  arrays = [params[name]["kernel"].array for name in kernels]
+  whole = jax.jit(lambda arrays: [qwix.dequantize(a) for a in arrays])
+
+  def split(params):
+    lora = lambda path: "lora" in jax.tree_util.keystr(path)
+    pick = lambda want: jax.tree_util.tree_map_with_path(
+      lambda p, v: v if lora(p) == want else optax.MaskedNode(), params, is_leaf=is_array
+    )
+    return pick(True), pick(False)
+
+  forward, step = stepped(lambda p, x: model.apply({"params": p}, x), params, split, x)
+  size = lambda a: a.qvalue.on_device_size_in_bytes() + a.scale.on_device_size_in_bytes()
+  return {
+    "dequantize": lambda: jax.block_until_ready(whole(arrays)),
+    "forward": forward,
+    "step": step,
+    "values": whole(arrays),
+    "bytes": sum(map(size, arrays)),
+  }
+
+
+def in_bitsandbytes(kernels: dict, x: np.ndarray) -> dict:
+  import bitsandbytes as bnb
+  import torch
+
+  torch.set_num_threads(2)
+  layers, factors = {}, {}
+  for name, kernel in kernels.items():
+    a, b = kernel.shape
+    layer = bnb.nn.Linear4bit(a, b, bias=False, quant_type="nf4", compress_statistics=False)
+    weight = torch.tensor(kernel.T.copy())
+    layer.weight = bnb.nn.Params4bit(
+      weight, requires_grad=False, quant_type="nf4", compress_statistics=False
+    )
+    layers[name] = layer.to("cpu")
+    factors[name] = [
+      torch.nn.Parameter(torch.randn(a, RANK) / RANK),
+      torch.nn.Parameter(torch.zeros(RANK, b)),
+    ]
+  given = torch.tensor(np.asarray(x))
+  tx = torch.optim.AdamW([f for pair in factors.values() for f in pair], LR, weight_decay=1e-4)
+
+  def dense(name, x):
+    a, b = factors[name]
+    return layers[name](x) + (x @ a) @ b
+
+  def forward():
+    x = given
+    for i in range(BLOCKS):
+      x = x + dense(f"down_{i}", torch.nn.functional.gelu(dense(f"up_{i}", x), approximate="tanh"))
+    return x
+
+  def step() -> float:
+    tx.zero_grad(set_to_none=True)
+    loss = (forward() ** 2).mean()
+    loss.backward()
+    tx.step()
+    return loss.item()
+
+  weights = [layer.weight for layer in layers.values()]
+  whole = lambda: [bnb.functional.dequantize_4bit(w.data, w.quant_state) for w in weights]
+
+  def quiet():
+    with torch.no_grad():
+      return forward()
+
+  size = lambda w: w.data.nbytes + w.quant_state.absmax.nbytes
+  return {
+    "dequantize": whole,
+    "forward": quiet,
+    "step": step,
+    "values": [v.numpy().T for v in whole()],
+    "bytes": sum(map(size, weights)),
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--pairs", type=int, default=30)
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  args = parser.parse_args()
+  args.out.mkdir(parents=True, exist_ok=True)
+  kernels, x = data()
+  sides = {
+    "pelt_jax": here(kernels, jnp.asarray(x)),
+    "qwix": in_qwix(kernels, jnp.asarray(x)),
+    "bitsandbytes": in_bitsandbytes(kernels, x),
+  }
+  for name, side in sides.items():
+    apart = [
+      float(np.abs(np.asarray(a) - np.asarray(b)).max())
+      for a, b in zip(side["values"], sides["pelt_jax"]["values"], strict=True)
+    ]
+    # qwix computes its code book, and rounds middles up.
+    if max(apart) > (0 if name == "bitsandbytes" else 0.02):
+      raise SystemExit(f"{name} stands for other kernels, so this compares nothing: {apart}")
+  losses = {name: side["step"]() for name, side in sides.items()}
+  if any(abs(v / losses["pelt_jax"] - 1) > 1e-3 for v in losses.values()):
+    raise SystemExit(f"the losses of step 1 differ, so this compares nothing: {losses}")
+  results: dict = {"loss_step_1": losses, "bytes": {n: s["bytes"] for n, s in sides.items()}}
+  for what in ("dequantize", "forward", "step"):
+    cpu = alternate({n: s[what] for n, s in sides.items()}, args.pairs)["cpu"]
+    results[what] = {
+      name: {"cpu_seconds_median": float(np.median(times))}
+      | ({} if name == "pelt_jax" else ratio(cpu["pelt_jax"], times))
+      for name, times in cpu.items()
+    }
+  versions = ("jax", "flax", "qwix", "torch", "bitsandbytes")
+  results["versions"] = {n: importlib.metadata.version(n) for n in versions}
+  results |= {
+    "date": datetime.date.today().isoformat(),
+    "pairs": args.pairs,
+    "cpus": os.cpu_count(),
+  }
+  write(args.out / "bench_nf4.json", json.dumps(results, indent=1) + "\n")
+  lines = [
+    "# NF4 on CPU: CPU time against qwix and bitsandbytes\n",
+    "Made by `experiments/bench_nf4.py`; below 1 means that pelt_jax is faster (95 % interval).\n",
+    "| | CPU s | over qwix's | over bitsandbytes' |",
+    "|---|---|---|---|",
+  ]
+  for what in ("dequantize", "forward", "step"):
+    cells = [f"{results[what]['pelt_jax']['cpu_seconds_median']:.4f}"]
+    for other in ("qwix", "bitsandbytes"):
+      r = results[what][other]
+      cells.append("{:.3f} ({:.3f}–{:.3f})".format(r["ratio"], *r["95 %"]))
+    lines.append(f"| {what} | {' | '.join(cells)} |")
+  shown = ", ".join(f"{n} {b / 1e6:.2f} MB" for n, b in results["bytes"].items())
+  lines.append(f"\nResident: {shown}, of {sum(k.size for k in kernels.values()):,} numbers.")
+  lines.append("; ".join(f"{k} {v}" for k, v in results["versions"].items()))
+  lines.append(f"{args.pairs} pairs each, {results['date']}, {results['cpus']} cores.")
+  write(args.out / "bench_nf4.md", "\n".join(lines) + "\n")
+  print("\n".join(lines))
+
+
+if __name__ == "__main__":
+  main()
