@@ -104,7 +104,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], layout: str | None = None) -
     double=double,
     layout=fitting(layout, inputs, block),
   )
-  codes = unpack_bytes(jnp.asarray(np.asarray(tensors[""]).view(np.uint8).reshape(-1)))
+  codes = unpack_bytes(jnp.asarray(np.asarray(tensors[""]).view(np.uint8).reshape(-1))).reshape(-1)
   made = packed(plan, codes[: outputs * inputs], jnp.asarray(tensors[".absmax"]))
   if double:
     made["nested"] = jnp.asarray(tensors[".nested_absmax"])

@@ -89,9 +89,8 @@ def pack_bytes(codes: jax.Array, zero: int) -> jax.Array:
 
 
 def unpack_bytes(packed: jax.Array) -> jax.Array:
-  """The codes of `pack_bytes`, twice as many as there are bytes."""
-  halves = jnp.stack([packed >> 4, packed & 15], axis=-1)
-  return halves.reshape(*packed.shape[:-1], -1)
+  """The codes of `pack_bytes`, those of a byte along a last axis of two."""
+  return jnp.stack([packed >> 4, packed & 15], axis=-1)
 
 
 def pack_words(codes: jax.Array) -> jax.Array:
@@ -102,7 +101,6 @@ def pack_words(codes: jax.Array) -> jax.Array:
 
 
 def unpack_words(packed: jax.Array) -> jax.Array:
-  """The codes of `pack_words`, uint8."""
+  """The codes of `pack_words`, uint8, those of a word along a second axis of eight."""
   shifts = jnp.arange(0, 32, 4, dtype=jnp.uint32)[None, :, None]
-  eights = packed[:, None, :] >> shifts & jnp.uint32(15)
-  return jnp.asarray(eights, jnp.uint8).reshape(-1, packed.shape[-1])
+  return jnp.asarray(packed[:, None, :] >> shifts & jnp.uint32(15), jnp.uint8)

@@ -201,8 +201,8 @@ def quantize(
     book: `"nf4"`, `"fp4"`, another of `CODE_BOOKS`, or 2 to 16 numbers of your own.
     block: numbers that share a scale, a power of two from 32 to 4096.
     double_quant: code scales in 8 bits: 4.127 bits a parameter instead of 4.5.
-    layout: `"rows"`, `"words"` or `"flat"`, see `NF4Weight`; by default `"words"` on TPU, else
-      `"rows"`. Where blocks cross rows it is `"flat"`.
+    layout: `"rows"`, `"words"` or `"flat"`, see `NF4Weight`; by default `"rows"` on GPU, else
+      `"words"`. Where blocks cross rows it is `"flat"`.
     outputs: which axes of the kernel are outputs; by default the last.
     stacked: leading axes that count layers, which are quantized one by one.
 
@@ -259,7 +259,7 @@ def check_options(book: Any, block: Any, layout: Any) -> None:
 
 def fitting(layout: str | None, inputs: int, block: int) -> str:
   """The layout that was asked for, the platform's, or "flat" where blocks cross rows."""
-  layout = layout or ("words" if jax.default_backend() == "tpu" else "rows")
+  layout = layout or ("rows" if jax.default_backend() == "gpu" else "words")
   return "flat" if inputs % block else layout
 
 
@@ -301,7 +301,7 @@ def unpacked(plan: Plan, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.A
   rows, columns = plan.matrix
   codes, scales = arrays["codes"], arrays["scales"]
   if plan.layout == "words":
-    codes, scales = unpack_words(codes).T, scales.T
+    codes, scales = unpack_words(codes).reshape(-1, rows).T, scales.T
   else:
     codes = unpack_bytes(codes)
   return codes.reshape(-1)[: rows * columns], scales.reshape(-1)
@@ -321,16 +321,13 @@ def _dequantize(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
   cut, order = len(plan.order) - plan.inputs, plan.order
   # A scale per word or byte: where devices share a block, each has all that its codes need.
   if words:
-    scales = jnp.repeat(scales, plan.block // 8, axis=0)
-    matrix = values.reshape(-1, 8, rows) * scales[:, None, :]
+    matrix = values * jnp.repeat(scales, plan.block // 8, axis=0)[:, None, :]
     order = (*plan.order[cut:], *plan.order[:cut])
-  elif plan.layout == "rows":
-    scales = jnp.repeat(scales, plan.block // 2, axis=1)
-    matrix = values.reshape(rows, -1, 2) * scales[:, :, None]
   else:
-    values = jnp.pad(values, (0, scales.size * plan.block - values.size))
-    matrix = values.reshape(-1, plan.block) * scales[:, None]
-    matrix = matrix.reshape(-1)[: rows * columns]
+    flat = plan.layout == "flat"
+    scales = jnp.repeat(scales, plan.block // 2, axis=-1)
+    matrix = values * (scales[: len(values)] if flat else scales)[..., None]
+    matrix = matrix.reshape(-1)[: rows * columns] if flat else matrix
   kernel = jnp.asarray(matrix, plan.kind).reshape([plan.sizes[i] for i in order])
   return kernel.transpose(np.argsort(order))
 
