@@ -125,16 +125,18 @@ def main() -> None:
   args.out.mkdir(parents=True, exist_ok=True)
   training.keep_freed_memory()
   file = args.out / "results.json"
-  results = json.loads(file.read_text()) if file.is_file() else {}
   job = ["--model", args.model, *tasks(args.data)["trec"], "--length", str(LENGTHS["trec"])]
   job += ["--epochs", str(args.epochs), "--batch", str(BATCH)]
+
+  def keep(**found) -> None:  # read again: the other half may have run meanwhile
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    write(file, json.dumps(results | found, indent=1) + "\n")
+
   if args.only != "accuracy":
-    results["rounds"], results["time"] = args.rounds, times(args.model, args.rounds)
-    write(file, json.dumps(results, indent=1) + "\n")
+    keep(rounds=args.rounds, time=times(args.model, args.rounds))
   if args.only != "time":
     model, _ = models.from_pretrained(args.model, task="encoder")
-    results["accuracy"] = accuracies(args, job, model.config.num_hidden_layers)
-    write(file, json.dumps(results, indent=1) + "\n")
+    keep(accuracy=accuracies(args, job, model.config.num_hidden_layers))
   results = json.loads(file.read_text())  # numbers of layers are texts, as a later run finds them
   if not {"accuracy", "time"} <= set(results):
     return

@@ -3,8 +3,9 @@
     python experiments/bench_nf4.py --out experiments/results
 
 Two feed-forward blocks of nn.Dense (1024 -> 4096 -> 1024), float32, every kernel in NF4 in blocks
-of 64, LoRA of rank 16, 256 tokens, two threads. Functions take turns in one
-process, and CPU times are compared pair by pair. bitsandbytes runs Linear4bit with LoRA beside it.
+of 64, LoRA of rank 16, two threads. At many tokens the products outweigh all else, for every side.
+Functions take turns in one process, and CPU times are compared pair by pair. bitsandbytes runs
+Linear4bit with LoRA beside it.
 
 Needs torch, bitsandbytes and qwix.
 """
@@ -33,6 +34,7 @@ import pelt_jax as pelt
 from pelt_jax import training
 
 WIDTH, INNER, BLOCKS, RANK, LR = 1024, 4096, 2, 16, 1e-3
+RUNS = ("dequantize", "forward", "step")
 
 
 class Blocks(nn.Module):
@@ -46,13 +48,13 @@ class Blocks(nn.Module):
     return x
 
 
-def data() -> tuple[dict, np.ndarray]:
+def data(tokens: int) -> tuple[dict, np.ndarray]:
   """Kernels by module, and the input."""
   rng = np.random.default_rng(0)
   drawn = lambda a, b: rng.normal(0, 0.02, (a, b)).astype(np.float32)
   sizes = {"up": (WIDTH, INNER), "down": (INNER, WIDTH)}
   kernels = {f"{n}_{i}": drawn(*s) for i in range(BLOCKS) for n, s in sizes.items()}
-  return kernels, rng.normal(size=(TOKENS, WIDTH)).astype(np.float32)
+  return kernels, rng.normal(size=(tokens, WIDTH)).astype(np.float32)
 
 
 def stepped(apply, params, split, x):
@@ -188,16 +190,9 @@ def in_bitsandbytes(kernels: dict, x: np.ndarray) -> dict:
   }
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--pairs", type=int, default=30)
-  parser.add_argument("--out", type=pathlib.Path, required=True)
-  args = parser.parse_args()
-  args.out.mkdir(parents=True, exist_ok=True)
-  training.keep_freed_memory()  # as the main job does; it serves all sides
-  kernels, x = data()
+def measured(tokens: int, pairs: int) -> dict:
+  """Times and ratios at a number of tokens, after all sides were found to do the same."""
+  kernels, x = data(tokens)
   sides = {
     "pelt_jax": here(kernels, jnp.asarray(x)),
     "qwix": in_qwix(kernels, jnp.asarray(x)),
@@ -215,37 +210,51 @@ def main() -> None:
   if any(abs(v / losses["pelt_jax"] - 1) > 1e-3 for v in losses.values()):
     raise SystemExit(f"the losses of step 1 differ, so this compares nothing: {losses}")
   results: dict = {"loss_step_1": losses, "bytes": {n: s["bytes"] for n, s in sides.items()}}
-  for what in ("dequantize", "forward", "step"):
-    cpu = alternate({n: s[what] for n, s in sides.items()}, args.pairs)["cpu"]
+  for what in RUNS:
+    cpu = alternate({n: s[what] for n, s in sides.items()}, pairs)["cpu"]
     results[what] = {
       name: {"cpu_seconds_median": float(np.median(times))}
       | ({} if name == "pelt_jax" else ratio(cpu["pelt_jax"], times))
       for name, times in cpu.items()
     }
-  versions = ("jax", "flax", "qwix", "torch", "bitsandbytes")
-  results["versions"] = {n: importlib.metadata.version(n) for n in versions}
-  results |= {
-    "date": datetime.date.today().isoformat(),
-    "pairs": args.pairs,
-    "cpus": os.cpu_count(),
-  }
-  write(args.out / "bench_nf4.json", json.dumps(results, indent=1) + "\n")
+  return results
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--pairs", type=int, default=30)
+  parser.add_argument("--tokens", type=int, nargs="+", default=[256, 16])
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  args = parser.parse_args()
+  args.out.mkdir(parents=True, exist_ok=True)
+  training.keep_freed_memory()  # as the main job does; it serves all sides
+  by_tokens = {tokens: measured(tokens, args.pairs) for tokens in args.tokens}
+  names = ("jax", "flax", "qwix", "torch", "bitsandbytes")
+  versions = {n: importlib.metadata.version(n) for n in names}
+  today = datetime.date.today().isoformat()
+  results = {"date": today, "pairs": args.pairs, "cpus": os.cpu_count(), "versions": versions}
+  write(args.out / "bench_nf4.json", json.dumps(results | {"tokens": by_tokens}, indent=1) + "\n")
   lines = [
     "# NF4 on CPU: CPU time against qwix and bitsandbytes\n",
     "Made by `experiments/bench_nf4.py`; below 1 means that pelt_jax is faster (95 % interval).\n",
-    "| | CPU s | over qwix's | over bitsandbytes' |",
-    "|---|---|---|---|",
+    "| | tokens | CPU s | over qwix's | over bitsandbytes' |",
+    "|---|---|---|---|---|",
   ]
-  for what in ("dequantize", "forward", "step"):
-    cells = [f"{results[what]['pelt_jax']['cpu_seconds_median']:.4f}"]
-    for other in ("qwix", "bitsandbytes"):
-      r = results[what][other]
-      cells.append("{:.3f} ({:.3f}–{:.3f})".format(r["ratio"], *r["95 %"]))
-    lines.append(f"| {what} | {' | '.join(cells)} |")
-  shown = ", ".join(f"{n} {b / 1e6:.2f} MB" for n, b in results["bytes"].items())
-  lines.append(f"\nResident: {shown}, of {sum(k.size for k in kernels.values()):,} numbers.")
-  lines.append("; ".join(f"{k} {v}" for k, v in results["versions"].items()))
-  lines.append(f"{args.pairs} pairs each, {results['date']}, {results['cpus']} cores.")
+  for tokens, found in by_tokens.items():
+    for what in RUNS:
+      cells = [f"{found[what]['pelt_jax']['cpu_seconds_median']:.4f}"]
+      for other in ("qwix", "bitsandbytes"):
+        r = found[what][other]
+        cells.append("{:.3f} ({:.3f}–{:.3f})".format(r["ratio"], *r["95 %"]))
+      lines.append(f"| {what} | {tokens} | {' | '.join(cells)} |")
+  found = by_tokens[args.tokens[0]]
+  shown = ", ".join(f"{n} {b / 1e6:.2f} MB" for n, b in found["bytes"].items())
+  count = BLOCKS * 2 * WIDTH * INNER
+  lines.append(f"\nResident: {shown}, of {count:,} numbers.")
+  lines.append("; ".join(f"{k} {v}" for k, v in versions.items()))
+  lines.append(f"{args.pairs} pairs each, {today}, {os.cpu_count()} cores.")
   write(args.out / "bench_nf4.md", "\n".join(lines) + "\n")
   print("\n".join(lines))
 

@@ -34,9 +34,9 @@ WORDS = (
 )
 
 
-def llama(dtype=jnp.float32, seed=0, spread=0.02):
+def llama(dtype=jnp.float32, seed=0, spread=0.02, **sizes):
   """A random language model over bytes."""
-  model = models.from_config(LLAMA | {"initializer_range": spread}, dtype=dtype)
+  model = models.from_config(LLAMA | {"initializer_range": spread} | sizes, dtype=dtype)
   return model, model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
@@ -68,11 +68,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_llama(folder, seed=0, spread=0.02):
+def save_llama(folder, seed=0, spread=0.02, **sizes):
   """A Hugging Face folder of a random Llama whose tokenizer has no merges."""
   import tokenizers
 
-  model, params = llama(seed=seed, spread=spread)
+  model, params = llama(seed=seed, spread=spread, **sizes)
   models.save_pretrained(folder, model, params)
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   specials = ["<|im_start|>", "<|im_end|>", "<pad>"]
