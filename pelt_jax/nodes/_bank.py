@@ -80,7 +80,7 @@ class BankWeight(Weight):
     members = call.picked(self.members, x.shape[0], self.count)
 
     def one(member: Weight, row: jax.Array, number: jax.Array) -> jax.Array:
-      return run(member.based(self.base), row, call.of_row(number))
+      return run(over_base(member, self.base), row, call.of_row(number))
 
     return jax.vmap(one)(members, x, jnp.arange(x.shape[0]))
 
@@ -199,11 +199,21 @@ def _bank_weight(nodes: list[Any], path: str) -> Any:
   if isinstance(first, Guard):
     inner = [n.base for n in nodes]
     return first.based(_bank_weight(inner, path) if isinstance(inner[0], Weight) else inner[0])
-  bare = [n.based(None) for n in nodes]
-  below = first.base if "base" in first.kinds else None
+  below = first
+  while "base" in getattr(below, "kinds", ()):
+    below = below.base
+  shared = None if below is first else below
+  bare = [over_base(n, None) for n in nodes]
   return BankWeight(
-    below, _stack(bare, first.stacked, path), group=first.group, stacked=first.stacked
+    shared, _stack(bare, first.stacked, path), group=first.group, stacked=first.stacked
   )
+
+
+def over_base(node: Any, base: Any) -> Any:
+  """The nodes of a leaf, however many lie on each other, over another base."""
+  within = getattr(node, "base", None)
+  wraps = isinstance(within, Weight) and "base" in within.kinds
+  return node.based(over_base(within, base) if wraps else base)
 
 
 def _bank_bypass(nodes: list[Any], path: str) -> Any:

@@ -58,6 +58,32 @@ def test_each_row_has_its_own_tasks_numbers(name, style, mode):
     close(every, own, 1e-5)
 
 
+NESTED = {
+  "two LoRAs": lambda: pelt.chain(pelt.lora(2), pelt.lora(3)),
+  "over codes": lambda: pelt.qlora(2, block=32),
+  "merge-aware": lambda: pelt.qlora(2, block=32, merge_aware=True),
+}
+
+
+@pytest.mark.parametrize(
+  "nested", [pytest.param("two LoRAs", marks=LONG), "merge-aware", "over codes"]
+)
+def test_nodes_on_nodes_are_each_members_own(nested):
+  """What lies between the outermost node and the base is the member's too."""
+  model, base = built("llama", "encoder")
+  ids = tokens(2, 6)
+  params = NESTED[nested]().init(jax.random.key(0), base, pelt.sites(model, ids))
+  some = [moved(params, 0.1), moved(params, 0.3)]
+  apply = jax.jit(pelt.bypass(model.apply))
+  own = np.stack([apply({"params": p}, ids) for p in some])
+  banked = pelt.bank(some)
+  mixed = apply({"params": banked}, ids, rows=np.array([1, 0]))
+  close(mixed, np.stack([own[1, 0], own[0, 1]]), 1e-5)
+  assert np.abs(own[0] - own[1]).max() > 1e-2
+  for member, out in zip(pelt.unbank(banked)[1], own, strict=True):
+    close(apply({"params": member}, ids), out, 1e-6)
+
+
 @LONG
 @pytest.mark.parametrize("style", ["pfeiffer", "learned"])
 @pytest.mark.parametrize("name", ["bert", "llama"])
