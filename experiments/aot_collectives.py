@@ -67,7 +67,9 @@ def measure(target: str, mesh_text: str, gather: bool, args: argparse.Namespace)
     put(key, whole),
   )
   out = (at, state._replace(optimizer=optimizer), whole)
-  compiled = jax.jit(step, donate_argnums=(0, 2), out_shardings=out).lower(*placed).compile()
+  jitted = jax.jit(step, donate_argnums=(0, 2), out_shardings=out)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # activations keep to their rows
+    compiled = jitted.lower(*placed).compile()
   text = compiled.as_text()
   if args.keep:
     (args.out / f"{target}-{mesh_text}-{gather}.hlo.txt").write_text(text)

@@ -288,7 +288,7 @@ def _load_with_transform(
       )
     layers[f"{stack}/{inside}"] = alike
   for path, parts in layers.items():
-    made = [values.get(p) for p in parts]
+    made = [jax.block_until_ready(values.get(p)) for p in parts]  # one tensor in memory at a time
     insert(out, path, made[0] if parts == [path] else stack_layers(made, path))
   return out
 
