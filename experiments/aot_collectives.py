@@ -24,23 +24,25 @@ from reporting import write
 import pelt_jax as pelt
 
 MOVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-CODES = ("u8", "u32")
 BITS = {"pred": 8, "bf16": 16, "f16": 16}
 
 
 def moved(text: str) -> dict[str, dict]:
   """By operation and dtype: how many there are, and the bytes of the largest result."""
-  found = collections.defaultdict(list)
+  found, seen = collections.defaultdict(list), set()
   for line in text.splitlines():
-    if match := re.search(rf"= (.*?) ({'|'.join(MOVES)})(-start)?\(", line):
-      for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match.group(1)):
-        bits = BITS.get(dtype) or int(re.sub(r"\D", "", dtype))
-        found[f"{match.group(2)} {dtype}"].append(
-          math.prod(map(int, filter(None, dims.split(",")))) * bits // 8
-        )
-  return {
-    name: {"count": len(sizes), "largest": max(sizes)} for name, sizes in sorted(found.items())
-  }
+    match = re.search(rf"= (.*?) ({'|'.join(MOVES)})(-start)?\(", line)
+    channel = re.search(r"channel_id=(\d+)", line)
+    if not match or (channel and channel[1] in seen):  # a chain of steps shares a channel
+      continue
+    seen |= {channel[1]} if channel else set()
+    results = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1])
+    results = [(d, sizes) for d, sizes in results if d in BITS or re.search(r"\d", d)]
+    for dtype, sizes in results[len(results) // 2 :] if match[3] else results:  # operands first
+      bits = BITS.get(dtype) or int(re.sub(r"\D", "", dtype))
+      count = math.prod(map(int, filter(None, sizes.split(","))))
+      found[f"{match[2]} {dtype}"].append(count * bits // 8)
+  return {n: {"count": len(sizes), "largest": max(sizes)} for n, sizes in sorted(found.items())}
 
 
 def measure(target: str, mesh_text: str, gather: bool, args: argparse.Namespace) -> dict:

@@ -3,7 +3,7 @@
     python experiments/bench_nf4.py --out experiments/results
 
 Two feed-forward blocks of nn.Dense (1024 -> 4096 -> 1024), float32, every kernel in NF4 in blocks
-of 64, LoRA of rank 16, two threads. At many tokens the products outweigh all else, for every side.
+of 64, LoRA of rank 16, all cores. At many tokens the products outweigh all else, for every side.
 Functions take turns in one process, and CPU times are compared pair by pair. bitsandbytes runs
 Linear4bit with LoRA beside it.
 
@@ -17,7 +17,6 @@ import json
 import os
 import pathlib
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Idle torch threads would otherwise spin, and their CPU time would be charged to others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -139,7 +138,7 @@ def in_bitsandbytes(kernels: dict, x: np.ndarray) -> dict:
   import bitsandbytes as bnb
   import torch
 
-  torch.set_num_threads(2)
+  torch.set_num_threads(os.cpu_count() or 1)
   layers, factors = {}, {}
   for name, kernel in kernels.items():
     a, b = kernel.shape
@@ -199,13 +198,10 @@ def measured(tokens: int, pairs: int) -> dict:
     "bitsandbytes": in_bitsandbytes(kernels, x),
   }
   for name, side in sides.items():
-    apart = [
-      float(np.abs(np.asarray(a) - np.asarray(b)).max())
-      for a, b in zip(side["values"], sides["pelt_jax"]["values"], strict=True)
-    ]
-    # qwix computes its code book, and rounds middles up.
-    if max(apart) > (0 if name == "bitsandbytes" else 0.02):
-      raise SystemExit(f"{name} stands for other kernels, so this compares nothing: {apart}")
+    pairs_of = zip(side["values"], sides["pelt_jax"]["values"], strict=True)
+    same = [float(np.isclose(a, b, rtol=0, atol=1e-5).mean()) for a, b in pairs_of]
+    if min(same) < 0.999:  # a middle between two codes may go either way
+      raise SystemExit(f"{name} stands for other kernels, so this compares nothing: {same}")
   losses = {name: side["step"]() for name, side in sides.items()}
   if any(abs(v / losses["pelt_jax"] - 1) > 1e-3 for v in losses.values()):
     raise SystemExit(f"the losses of step 1 differ, so this compares nothing: {losses}")

@@ -119,6 +119,8 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
   if args.quantize and args.method in ("qlora", "full"):
     why = "quantizes by itself: --set book=fp4" if args.method == "qlora" else "trains every weight"
     raise ValueError(f"--quantize {args.quantize}: --method {args.method} {why}")
+  if args.quantize and "tune_backbone=true" in (s.lower() for s in args.set):
+    raise ValueError(f"--quantize {args.quantize}: --set tune_backbone=true trains every weight")
   if args.out is None:
     if not demo:
       raise ValueError("--out is missing: the folder to write")

@@ -48,8 +48,13 @@ def load(out: pathlib.Path) -> Trained:
   settings, task = report["settings"], report["task"]
   file = out / "adapter" / "labels.json"
   labels = json.loads(file.read_text()) if file.is_file() else ()
-  count = len(labels) or None
-  model, base = models.from_pretrained(settings["model"], task=task, num_labels=count)
+  model, base = models.from_pretrained(
+    settings["model"],
+    task=task,
+    num_labels=len(labels) or None,
+    dtype=np.dtype(settings["dtype"]),
+    scan=settings["scan"],
+  )
   params = pelt.load(out / "adapter", base)
   rows = training.encode(
     training.read(settings["eval"], task, settings["columns"]),

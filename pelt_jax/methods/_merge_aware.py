@@ -17,10 +17,12 @@ def merge_aware() -> Transform:
   """Trains changes over 4-bit weights so that merging them into 4 bits loses nothing.
 
   y = x Q(W + scaling a b), where Q quantizes as W was quantized, with the gradients of
-  y = x (W + scaling a b): a straight-through estimator. Comes last in a chain. After training,
-  `pelt.quantization.requantize` gives a 4-bit model whose weights are bit for bit those of the last
-  forward pass. A step quantizes every kernel twice. An extension: QLoRA (arXiv:2305.14314) trains
-  beside the codes, and what a merge into them rounds away it never sees.
+  y = x (W + scaling a b): a straight-through estimator. Comes last in a chain: a change that is
+  added later is none of its. `pelt.quantization.requantize` gives a 4-bit model whose weights are
+  bit for bit those that a forward pass of the same params computes with. A step quantizes every
+  kernel twice. Under double quantization it does not start quite from the base, as quantizing again
+  moves scales in their last digits. An extension: QLoRA (arXiv:2305.14314) trains beside the codes,
+  and never sees what a merge into them rounds away.
 
   Returns:
     A `Transform`, for every leaf with a node over a 4-bit weight.

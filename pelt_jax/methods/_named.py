@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pelt_jax._node import Bypass, Weight, is_node
+from pelt_jax._node import Bypass, Weight
 from pelt_jax._tree import fold
 from pelt_jax._walk import map_nodes, walk
-from pelt_jax.nodes import Guard
-from pelt_jax.nodes._bank import other_base
+from pelt_jax.nodes._bank import holds_own, other_base
 
 
 def places_of(adapters: Mapping[str, dict]) -> dict[str, dict[str, Any]]:
@@ -58,8 +57,7 @@ def _places(name: str, params: dict) -> dict[str, Any]:
 
 def tuned(params: dict) -> dict[str, Weight]:
   """The leaves that a task changed: its head, and norms if it trained them."""
-  weights = ((p, v) for p, v in walk(fold(params)) if isinstance(v, Weight))
-  return {p: v for p, v in weights if not isinstance(v, Guard) or is_node(v.base)}
+  return {p: v for p, v in walk(fold(params)) if isinstance(v, Weight) and holds_own(v)}
 
 
 def check_places(tables: Mapping[str, dict[str, Any]], remedy: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from pelt_jax import _call
-from pelt_jax._node import Branch, Bypass, Chain, Node, Weight, base, innermost, is_node, own, strip
+from pelt_jax._node import Branch, Bypass, Chain, Node, Weight, base, is_node, own, strip
 from pelt_jax._tree import fold
 from pelt_jax._walk import every_node, update_at, walk
 from pelt_jax.nodes._composed import Composed
@@ -72,7 +72,9 @@ class BankWeight(Weight):
     return f"a bank of {self.count} members has no single array"
 
   def rank(self) -> int:
-    return self.members.rank()
+    take = lambda x: jax.lax.index_in_dim(x, 0, self.stacked, keepdims=False)
+    one = jax.eval_shape(lambda m: jax.tree.map(take, m), self.members)
+    return over_base(one, self.base).rank()
 
   def _by_row(self, run: Callable, x: jax.Array, call: Any) -> jax.Array:
     if call is None:
@@ -171,22 +173,36 @@ def other_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
   for path, value in one.items():
     if path not in other or owns(value) or owns(other[path]):
       continue
-    if not same(innermost(value), innermost(other[path])):
+    if not same(_lowest(value), _lowest(other[path])):
       return path
   return None
 
 
 def owns(value: Any) -> bool:
   """Whether what lies innermost is the method's own, as in a leaf that trains as it is."""
-  below = getattr(value, "base", None)
-  while isinstance(below, Weight):
-    value, below = below, getattr(below, "base", None)
-  return isinstance(value, Node) and below is None
+  lowest = _lowest(value)
+  return isinstance(lowest, Node) and "own" in lowest.kinds.values()
+
+
+def holds_own(value: Any) -> bool:
+  """Whether a leaf or node has arrays of a method anywhere: 4-bit codes alone are a base."""
+  return any("own" in node.kinds.values() for node in every_node(value))
+
+
+def _lowest(value: Any) -> Any:
+  """The last node of a leaf that lies on no other, or the array below all of them."""
+  while "base" in getattr(value, "kinds", ()) and value.base is not None:
+    value = value.base
+  return value
 
 
 def same(a: Any, b: Any) -> bool:
   """Whether two arrays are equal, as far as it can be told without tracing."""
   a, b = strip(a), strip(b)
+  if isinstance(a, Node) or isinstance(b, Node):
+    if jax.tree.structure(a) != jax.tree.structure(b):
+      return False
+    return all(map(same, jax.tree.leaves(a), jax.tree.leaves(b)))
   if a is b or not all(isinstance(x, jax.Array | np.ndarray) for x in (a, b)):
     return True
   if isinstance(a, Tracer) or isinstance(b, Tracer):
@@ -199,10 +215,10 @@ def _bank_weight(nodes: list[Any], path: str) -> Any:
   if isinstance(first, Guard):
     inner = [n.base for n in nodes]
     return first.based(_bank_weight(inner, path) if isinstance(inner[0], Weight) else inner[0])
-  below = first
-  while "base" in getattr(below, "kinds", ()):
-    below = below.base
-  shared = None if below is first else below
+  if not holds_own(first):
+    return first
+  lowest = _lowest(first)
+  shared = None if lowest is first else lowest
   bare = [over_base(n, None) for n in nodes]
   return BankWeight(
     shared, _stack(bare, first.stacked, path), group=first.group, stacked=first.stacked

@@ -1,11 +1,14 @@
 """Merging into 4 bits: what it costs, and a weight that trains what will be merged."""
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from pelt_jax._node import Weight, base, contract
 from pelt_jax._tree import fold, merge, refuse_unmergeable
@@ -47,8 +50,10 @@ class MergeAware(Weight):
 class Loss(NamedTuple):
   """What merging a change into 4-bit codes costs at one weight, in Frobenius norms.
 
+  The change is what the weight computes with: of a merge-aware one, after rounding.
+
   Attributes:
-    update: |change| / |W|, of what was trained.
+    update: |change| / |W|.
     error: |Q(W + change) - (W + change)| / |change|; above 1 the noise outweighs the change.
     kept: <Q(W + change) - W, change> / |change|^2, the share of the change that is still there.
     codes: the share of the codes that differ.
@@ -68,13 +73,15 @@ def requantize(params: Mapping[str, Any]) -> tuple[dict, dict[str, Loss]]:
   `pelt.merge_aware` trains what will be merged, and loses nothing here.
 
   Args:
-    params: params with nodes. Changes of weights that are not in 4 bits are merged by `pelt.merge`.
+    params: params with nodes that can be merged, so without adapters, prefixes and prompts. Changes
+      of weights that are not in 4 bits are merged as `pelt.merge` does.
 
   Returns:
     Params whose 4-bit weights are `NF4Weight` nodes and all others plain arrays, for
     `pelt.bypass(model.apply)` and `models.save_pretrained`; and a `Loss` by path of each change.
 
   Raises:
+    TypeError: under `jax.jit`, since numbers are reported.
     ValueError: if there is no change over 4-bit codes; or listing what cannot be merged.
 
   Example:
@@ -87,6 +94,10 @@ def requantize(params: Mapping[str, Any]) -> tuple[dict, dict[str, Loss]]:
     >>> type(merged["kernel"]).__name__, losses["kernel"].update  # nothing was trained
     ('NF4Weight', 0.0)
   """
+  if any(isinstance(x, Tracer) for x in jax.tree.leaves(params)):
+    raise TypeError(
+      "params hold traced arrays: requantize reports numbers, call it outside jax.jit"
+    )
   params = fold(params)
   refuse_unmergeable(params)
   coded_at = {path: value for path, value in walk(params) if codes_below(value) is not None}
@@ -115,36 +126,58 @@ def _requantized(value: Weight) -> tuple[NF4Weight, tuple | None]:
   if value is below:
     return below, None
   made = _merged(value.base if isinstance(value, MergeAware) else value)
-  return made, _loss(value, below, made)
+  before, change, error, along, codes = (float(x) for x in _sums(value, made))
+  share = lambda part, of: part / of if of > 0 else 0.0
+  return made, (
+    share(change, before) ** 0.5,
+    share(error, change) ** 0.5,
+    share(along, change),
+    codes / math.prod(value.shape),
+  )
 
 
 @jax.jit
 def _merged(node: Weight) -> NF4Weight:
   """The codes of W + change, layer by layer, as a forward pass of `MergeAware` sees them."""
   if node.stacked:
-    one = lambda n: _merged(map_nodes(lambda x: x.replace(stacked=x.stacked - 1), n))
-    made = jax.lax.map(one, node)
+    made = jax.lax.map(lambda n: _merged(_layer(n)), node)
     return made.replace(stacked=made.stacked + 1)
   below = codes_below(node)
   assert below is not None  # the callers looked
   # Compiled alike whatever stands round it: what is merged is what was trained, to the bit.
-  whole = jax.lax.optimization_barrier(node.materialize())
+  whole = jax.lax.optimization_barrier(_wide(node).materialize())
   return below.replace(**coded(below.plan, whole))
 
 
 @jax.jit
-def _loss(value: Weight, below: NF4Weight, made: NF4Weight) -> tuple[jax.Array, ...]:
-  three = (jnp.asarray(w.materialize(), jnp.float32) for w in (below, value, made))
-  before, whole, after = jax.lax.optimization_barrier(tuple(three))
-  change, norm = whole - before, jnp.linalg.norm
-  share = lambda part, of: jnp.where(of > 0, part / jnp.where(of > 0, of, 1.0), 0.0)
-  size = norm(change.reshape(-1))
-  return (
-    share(size, norm(before.reshape(-1))),
-    share(norm((after - whole).reshape(-1)), size),
-    share(jnp.vdot(after - before, change), size**2),
-    below.differing(made),
-  )
+def _sums(value: Weight, made: NF4Weight) -> jax.Array:
+  """|W|^2, |change|^2, |error|^2, <what codes hold of it, change>, and how many codes differ."""
+  if value.stacked:
+    of_layers = jax.lax.map(lambda two: _sums(_layer(two[0]), _layer(two[1])), (value, made))
+    return jnp.sum(of_layers, axis=0)
+  below = codes_below(value)
+  assert below is not None  # the callers looked
+  three = (jnp.asarray(_wide(w).materialize(), jnp.float32) for w in (below, value, made))
+  before, whole, after = (x.reshape(-1) for x in jax.lax.optimization_barrier(tuple(three)))
+  change, error = whole - before, after - whole
+  differ = jnp.sum(below.numbers() != made.numbers(), dtype=jnp.float32)
+  norms = (jnp.vdot(x, x) for x in (before, change, error))
+  return jnp.stack([*norms, jnp.vdot(after - before, change), differ])
+
+
+def _layer(node: Any) -> Any:
+  """A node that lost its leading axis."""
+  return map_nodes(lambda n: n.replace(stacked=n.stacked - 1), node)
+
+
+def _over(node: Any, make: Callable[[NF4Weight], NF4Weight]) -> Any:
+  """The node over other codes."""
+  return make(node) if isinstance(node, NF4Weight) else node.based(_over(node.inner, make))
+
+
+def _wide(node: Any) -> Any:
+  """The node over codes that are not rounded to the kernel's dtype: small changes count."""
+  return _over(node, lambda w: w.replace(kind=str(np.promote_types(w.dtype, np.float32))))
 
 
 @jax.custom_vjp
@@ -165,14 +198,7 @@ _rounded.defvjp(_rounded_forward, _rounded_backward)
 
 
 def _kernel(node: Weight, places: tuple) -> jax.Array:
-  return _merged(_gathered(node, places)).materialize()
-
-
-def _gathered(node: Weight, places: tuple) -> Weight:
-  """The node over codes that were brought together."""
-  if isinstance(node, NF4Weight):
-    return node.placed(places)
-  return node.based(_gathered(node.inner, places)) if places else node
+  return _merged(_over(node, lambda w: w.placed(places))).materialize()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -113,7 +113,7 @@ class NF4Weight(Weight):
     whole = functools.partial(_dequantize, self.plan)
     for _ in range(self.stacked):
       whole = jax.vmap(whole)
-    return whole(self._arrays())
+    return whole(jax.lax.stop_gradient(self._arrays()))
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
     how = (eq, self.plan, precision, x.shape, x.dtype, self.places(call))
@@ -162,13 +162,9 @@ class NF4Weight(Weight):
     """The node with its arrays where `places` says."""
     return self.replace(**_placed(self._arrays(), places))
 
-  def differing(self, other: Self) -> jax.Array:
-    """The share of the codes that are others in a weight of the same plan."""
-    mine, others = (
-      jnp.stack([w.codes >> 4 * i & 15 for i in range(2 * w.codes.dtype.itemsize)])
-      for w in (self, other)
-    )
-    return jnp.mean(mine != others)
+  def numbers(self) -> jax.Array:
+    """The codes of one layer, uint8, in order of the rows."""
+    return unpacked(self.plan, self._arrays())[0]
 
   def _arrays(self) -> dict[str, jax.Array]:
     names = ("codes", "scales", "nested", "offset")

@@ -84,6 +84,35 @@ def test_nodes_on_nodes_are_each_members_own(nested):
     close(apply({"params": member}, ids), out, 1e-6)
 
 
+def test_quantized_bases_are_compared_and_shared():
+  """Codes alone are a base: equal in all members, held once, and no method's own."""
+  model, base = built("llama", "encoder")
+  ids = tokens(2, 6)
+  sites = pelt.sites(model, ids)
+  init = lambda method, base, by: moved(method.init(jax.random.key(0), base, sites), by)
+  some = pelt.chain(pelt.nf4(block=32), pelt.lora(2, targets="query"))
+  one, two = (init(some, base, by) for by in (0.1, 0.3))
+  apply = pelt.bypass(model.apply)
+  banked = pelt.bank([one, two])
+  mixed = apply({"params": banked}, ids, rows=np.array([1, 0]))
+  own = [apply({"params": p}, ids) for p in (one, two)]
+  close(mixed, np.stack([own[1][0], own[0][1]]), 1e-5)
+  assert pelt.count(banked).rank == 2  # of one member
+  for member, out in zip(pelt.unbank(banked)[1], own, strict=True):
+    close(apply({"params": member}, ids), out, 1e-6)
+  other = init(some, jax.tree.map(lambda x: x + 0.1, base), 0.1)
+  fp4 = init(pelt.chain(pelt.nf4(block=32, book="fp4"), pelt.lora(2, targets="query")), base, 0.1)
+  for wrong in (other, fp4):
+    with pytest.raises(ValueError, match="have other values at '.*' of the base"):
+      pelt.bank([one, wrong])
+  mean = pelt.soup({"a": one, "b": two}, head="a")
+  leaf = lambda p: jax.tree.leaves(pelt.partition(p)[0])[0]
+  close(leaf(mean), (leaf(one) + leaf(two)) / 2, 1e-6)
+  adapter = pelt.chain(pelt.nf4(block=32), pelt.adapter("pfeiffer", bottleneck=2))
+  a, b = (init(adapter, base, by) for by in (0.1, 0.3))
+  apply({"params": pelt.average({"a": a, "b": b})}, ids)  # no leaf of the model is in the way
+
+
 @LONG
 @pytest.mark.parametrize("style", ["pfeiffer", "learned"])
 @pytest.mark.parametrize("name", ["bert", "llama"])
