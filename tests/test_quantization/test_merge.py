@@ -133,7 +133,7 @@ def test_the_merged_model_is_what_was_trained(tmp_path, scan, options):
   params = pelt.combine(trainable, frozen)
   merged, lost = requantize(params)
   assert all(isinstance(n, NF4Weight) for n in every_node(merged))
-  assert all(v.error == 0 and v.kept > 1 - 1e-5 and v.update > 0 for v in lost.values())
+  assert all(v.error < 1e-6 and v.kept > 1 - 1e-5 and v.update > 0 for v in lost.values())
   seen = jax.jit(pelt.merge)(params)
   for path in lost:
     np.testing.assert_array_equal(get_at(merged, path).materialize(), get_at(seen, path))
