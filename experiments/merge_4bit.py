@@ -13,7 +13,7 @@ import pathlib
 import statistics
 
 import trained
-from reporting import write
+from reporting import as_names, write
 
 import pelt_jax as pelt
 from pelt_jax import training
@@ -36,7 +36,7 @@ def measured(folder: pathlib.Path) -> dict:
   return {
     "scores": {form: {n: score[n] for n in names} for form, score in scores.items()},
     "merge": {name: mean(name) for name in pelt.quantization.Loss._fields},
-    "settings": settings,
+    "settings": as_names(settings),
   }
 
 

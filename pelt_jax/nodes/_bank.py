@@ -199,7 +199,7 @@ def _lowest(value: Any) -> Any:
 def same(a: Any, b: Any) -> bool:
   """Whether two arrays are equal, as far as it can be told without tracing."""
   a, b = strip(a), strip(b)
-  if isinstance(a, Node) or isinstance(b, Node):
+  if isinstance(a, Weight) or isinstance(b, Weight):
     if jax.tree.structure(a) != jax.tree.structure(b):
       return False
     return all(map(same, jax.tree.leaves(a), jax.tree.leaves(b)))
