@@ -144,7 +144,7 @@ def merge(params: Mapping[str, Any]) -> dict:
   """Plain params that compute the same function without nodes.
 
   Changes are added in float32 (or wider) and cast back to the leaf's dtype; the base's partitioning
-  boxes are restored.
+  boxes are restored (a kernel that was quantized has none any more).
 
   Args:
     params: params with nodes.
