@@ -13,6 +13,7 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import models, training
+from pelt_jax._walk import every_node
 from tests import support
 from tests.support import REPOSITORY
 from tests.test_training import tiny
@@ -322,6 +323,27 @@ def test_4_bits_under_a_paged_optimizer(finetune, llama, tmp_path, monkeypatch):
   assert pelt.count(tuned).trainable == report["parameters"]["trainable"]
 
 
+@LONG
+@pytest.mark.parametrize(
+  ("method", "more"),
+  [("adapter", {"quantize": "nf4"}), ("qlora", {"set": "rank=4", "scan": True})],
+)
+def test_any_method_over_4_bits(finetune, llama, tmp_path, method, more):
+  """The model is quantized while it is read, and its adapter serves over the checkpoint."""
+  data = tmp_path / "data.txt"
+  data.write_text("the cat saw the dog . the dog saw the cat .\n" * 40)
+  options = {"method": method, "length": 16, **more}
+  aware = ["--set", "merge_aware=true"] * (method == "qlora")
+  report = finetune.main([*arguments(tmp_path, llama, data, "lm", **options), *aware])
+  assert report["metric"]["after"] < report["metric"]["before"]
+  _, base = models.from_pretrained(llama, scan="scan" in more)
+  tuned = pelt.load(tmp_path / "out" / "adapter", base)
+  assert any(isinstance(n, pelt.quantization.NF4Weight) for n in every_node(tuned))
+  if method == "qlora":
+    _, losses = pelt.quantization.requantize(tuned)
+    assert all(loss.update > 0 and loss.error < 1e-6 for loss in losses.values())
+
+
 def test_chat(finetune, llama, tmp_path):
   data = tmp_path / "chat.jsonl"
   data.write_text((json.dumps({"messages": CHAT}) + "\n") * 6)
@@ -379,6 +401,8 @@ BAD = [
   ({"set": "rank"}, "--set rank: expected KEY=VALUE"),
   ({"set": "rank=0"}, "rank must be .* got 0"),
   ({"set": "targets=nothing"}, "nothing"),
+  ({"method": "full", "quantize": "nf4"}, "--quantize nf4: --method full trains every weight"),
+  ({"method": "qlora", "quantize": "fp4"}, "--method qlora quantizes by itself: --set book=fp4"),
   ({"method": "design", "set": "size=4"}, "design: missing .*'form'; pass it as --set NAME=VALUE"),
   ({"method": "design", "set": "options=4"}, "design has no such option; it has form, insertion"),
   ({"steps": -1}, "--steps -1: expected a positive number"),
