@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> dict:
   demo = args.model == "demo"
   check_arguments(args, demo)
   method = build_method(args)  # first: a wrong option should not cost a minute of loading
+  quantizer = quantizing(args, method)
   template, asks = args.template, args.verbalizer is not None
   mesh = training.make_mesh(args.mesh) if args.mesh else None
   out = pathlib.Path(args.out)
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict:
     dtype=jnp.dtype(args.dtype),
     scan=args.scan,
     remat=args.remat,
-    transform=quantizing(args, method),
+    transform=quantizer,
     key=jax.random.key(args.seed),
   )
   tokenizer = tokenizer or training.load_tokenizer(model.config.source)
@@ -104,8 +105,9 @@ def main(argv: list[str] | None = None) -> dict:
     method = build_method(args, members=read_members(args, source))
   ids = jnp.zeros((args.batch, 8), jnp.int32)
   sites = pelt.sites(model, ids, jnp.ones_like(ids))
-  whole = args.method == "qlora"  # its nodes came with the codes
-  params = base if whole else method.init(jax.random.key(args.seed), base, sites)
+  # A quantizer that is the whole method left its nodes with the codes.
+  came = quantizer is method
+  params = base if came else method.init(jax.random.key(args.seed), base, sites)
   params = training.masters(params)
   virtual = pelt.virtual_tokens(params)
   if limit is not None and hasattr(model, "learned_positions"):

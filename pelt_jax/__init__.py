@@ -5,9 +5,9 @@ from pelt_jax import models as models
 from pelt_jax import nodes as nodes
 from pelt_jax import quantization as quantization
 from pelt_jax import training as training
+from pelt_jax._leaf import unbox as unbox
 from pelt_jax._linen import bypass as bypass
 from pelt_jax._linen_sites import sites as sites
-from pelt_jax._node import unbox as unbox
 from pelt_jax._parallel import parallel as parallel
 from pelt_jax._rules import rule as rule
 from pelt_jax._save import load as load

@@ -15,17 +15,8 @@ from flax.core import tracers
 
 from pelt_jax import _call
 from pelt_jax._call import Call, Context, Frame
-from pelt_jax._node import (
-  BYPASS,
-  GENERATORS,
-  Bypass,
-  Weight,
-  materialize,
-  product,
-  spread,
-  strip,
-  table_rows,
-)
+from pelt_jax._leaf import materialize, product, table_rows
+from pelt_jax._node import BYPASS, GENERATORS, Bypass, Weight, spread, strip
 from pelt_jax._rules import rule_for
 from pelt_jax._tree import fold
 from pelt_jax._walk import every_node, update_at, walk

@@ -10,8 +10,9 @@ import numpy as np
 
 from pelt_jax import _call
 from pelt_jax._call import Context, Frame
+from pelt_jax._leaf import unbox
 from pelt_jax._linen import interceptor
-from pelt_jax._node import Weight, base, contract, static, unbox
+from pelt_jax._node import Weight, base, contract, static
 from pelt_jax._site import Roles, Site, with_roles
 from pelt_jax._walk import update_at, walk
 

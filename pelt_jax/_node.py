@@ -338,29 +338,6 @@ def strip(value: Any) -> Any:
   return value
 
 
-def innermost(leaf: Any) -> Any:
-  """What lies below all weight nodes of a leaf: an array, in its box if it has one."""
-  while isinstance(leaf, Weight):
-    leaf = leaf.inner
-  return leaf
-
-
-def unbox(tree: Any) -> Any:
-  """Strips partitioning boxes from a tree and inside its nodes, and keeps the nodes.
-
-  `flax.linen.unbox` would merge the nodes silently: to Flax a node is a box of its plain array.
-  """
-
-  def visit(x: Any) -> Any:
-    x = strip(x)
-    if isinstance(x, Node):
-      is_leaf = meta.is_axis_metadata
-      return x.replace(**{n: jax.tree.map(visit, v, is_leaf=is_leaf) for n, v in x.children()})
-    return x
-
-  return jax.tree.map(visit, tree, is_leaf=meta.is_axis_metadata)
-
-
 def is_node(x: Any) -> bool:
   """Whether `x` is a node; the `is_leaf` of tree walks that stop at nodes."""
   return isinstance(x, Node)
@@ -388,22 +365,3 @@ def contract(eq: str, x: jax.Array, w: Any, precision: Any = None) -> jax.Array:
     y = jnp.dot(x.reshape(-1, x.shape[-1]), w, precision=precision)
     return y.reshape(*x.shape[:-1], w.shape[-1])
   return jnp.einsum(eq, x, w, precision=precision)
-
-
-def product(eq: str, x: jax.Array, w: Any, call: Any = None, precision: Any = None) -> jax.Array:
-  """The product of `x` with an array or a weight node."""
-  if isinstance(w, Weight):
-    return w.einsum(eq, x, call, precision)
-  return contract(eq, x, w, precision)
-
-
-def table_rows(table: Any, ids: jax.Array, call: Any = None) -> jax.Array:
-  """Rows of an array or of a weight node."""
-  return (
-    table.lookup(ids, call) if isinstance(table, Weight) else jnp.take(strip(table), ids, axis=0)
-  )
-
-
-def materialize(w: Any) -> jax.Array:
-  """The plain array of an array, a box or a weight node."""
-  return w.materialize() if isinstance(w, Weight) else strip(w)

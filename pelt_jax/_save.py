@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from pelt_jax._node import REGISTRY, Node, Weight, innermost, strip
+from pelt_jax._leaf import innermost
+from pelt_jax._node import REGISTRY, Node, Weight, strip
 from pelt_jax._walk import get_at, update_at, walk
 
 _INDEX = "adapter.json"

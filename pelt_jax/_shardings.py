@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Node, Weight, unbox
+from pelt_jax._leaf import unbox
+from pelt_jax._node import Node, Weight
 from pelt_jax._walk import update_at, walk
 
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from flax.core import meta
 
-from pelt_jax._node import BYPASS, Bypass, Chain, Node, Weight, innermost, strip
+from pelt_jax._leaf import innermost
+from pelt_jax._node import BYPASS, Bypass, Chain, Node, Weight, strip
 from pelt_jax._site import Site
 from pelt_jax._walk import get_at, update_at
 from pelt_jax.nodes._tuned import Guard

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 from flax.core import meta
 
-from pelt_jax._node import GENERATORS, Bypass, Node, Weight, innermost, strip
+from pelt_jax._leaf import innermost
+from pelt_jax._node import GENERATORS, Bypass, Node, Weight, strip
 from pelt_jax._site import Site
 from pelt_jax._walk import every_node, map_arrays, walk
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pelt_jax._node import materialize
+from pelt_jax._leaf import materialize
 from pelt_jax._walk import get_at, update_at
 from pelt_jax.interop._hub_files import HEAD, VERSION, Part, Tensors, read_json
 from pelt_jax.interop._hub_names import family

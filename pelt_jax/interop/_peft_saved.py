@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._node import materialize, strip
+from pelt_jax._leaf import materialize
+from pelt_jax._node import strip
 from pelt_jax._transform import box_names, like_box
 from pelt_jax._walk import get_at
 from pelt_jax.interop._factors import plain

@@ -10,7 +10,7 @@ from pelt_jax._transform import Transform, over, require
 from pelt_jax._walk import every_node, update_at
 from pelt_jax.nodes import Dropout
 from pelt_jax.quantization import MergeAware, NF4Weight
-from pelt_jax.quantization._merge import codes_below
+from pelt_jax.quantization._merge import over_codes
 
 
 def merge_aware() -> Transform:
@@ -61,7 +61,7 @@ def merge_aware() -> Transform:
 
 
 def _aware(site: Site, leaf: Any) -> Any:
-  if codes_below(leaf) is None or isinstance(leaf, NF4Weight):
+  if not over_codes(leaf) or isinstance(leaf, NF4Weight):
     return leaf
   if why := leaf.unmergeable():
     raise ValueError(f"merge_aware: {site.path!r} cannot be merged: {why}")

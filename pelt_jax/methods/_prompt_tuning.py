@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._node import GENERATORS, Weight, strip, table_rows
+from pelt_jax._leaf import table_rows
+from pelt_jax._node import GENERATORS, Weight, strip
 from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, check_whole, like_box, over, require, site_key
 from pelt_jax._tree import fold

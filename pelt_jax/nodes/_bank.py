@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from pelt_jax import _call
+from pelt_jax._leaf import lowest, rebased
 from pelt_jax._node import Branch, Bypass, Chain, Node, Weight, base, is_node, own, strip
 from pelt_jax._tree import fold
 from pelt_jax._walk import every_node, update_at, walk
@@ -74,7 +75,7 @@ class BankWeight(Weight):
   def rank(self) -> int:
     take = lambda x: jax.lax.index_in_dim(x, 0, self.stacked, keepdims=False)
     one = jax.eval_shape(lambda m: jax.tree.map(take, m), self.members)
-    return over_base(one, self.base).rank()
+    return over(one, self.base).rank()
 
   def _by_row(self, run: Callable, x: jax.Array, call: Any) -> jax.Array:
     if call is None:
@@ -82,7 +83,7 @@ class BankWeight(Weight):
     members = call.picked(self.members, x.shape[0], self.count)
 
     def one(member: Weight, row: jax.Array, number: jax.Array) -> jax.Array:
-      return run(over_base(member, self.base), row, call.of_row(number))
+      return run(over(member, self.base), row, call.of_row(number))
 
     return jax.vmap(one)(members, x, jnp.arange(x.shape[0]))
 
@@ -173,27 +174,20 @@ def other_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
   for path, value in one.items():
     if path not in other or owns(value) or owns(other[path]):
       continue
-    if not same(_lowest(value), _lowest(other[path])):
+    if not same(lowest(value), lowest(other[path])):
       return path
   return None
 
 
 def owns(value: Any) -> bool:
   """Whether what lies innermost is the method's own, as in a leaf that trains as it is."""
-  lowest = _lowest(value)
-  return isinstance(lowest, Node) and "own" in lowest.kinds.values()
+  below = lowest(value)
+  return isinstance(below, Node) and "own" in below.kinds.values()
 
 
 def holds_own(value: Any) -> bool:
   """Whether a leaf or node has arrays of a method anywhere: 4-bit codes alone are a base."""
   return any("own" in node.kinds.values() for node in every_node(value))
-
-
-def _lowest(value: Any) -> Any:
-  """The last node of a leaf that lies on no other, or the array below all of them."""
-  while "base" in getattr(value, "kinds", ()) and value.base is not None:
-    value = value.base
-  return value
 
 
 def same(a: Any, b: Any) -> bool:
@@ -217,19 +211,17 @@ def _bank_weight(nodes: list[Any], path: str) -> Any:
     return first.based(_bank_weight(inner, path) if isinstance(inner[0], Weight) else inner[0])
   if not holds_own(first):
     return first
-  lowest = _lowest(first)
-  shared = None if lowest is first else lowest
-  bare = [over_base(n, None) for n in nodes]
+  below = lowest(first)
+  shared = None if below is first else below
+  bare = [n if shared is None else rebased(n, None) for n in nodes]
   return BankWeight(
     shared, _stack(bare, first.stacked, path), group=first.group, stacked=first.stacked
   )
 
 
-def over_base(node: Any, base: Any) -> Any:
-  """The nodes of a leaf, however many lie on each other, over another base."""
-  within = getattr(node, "base", None)
-  wraps = isinstance(within, Weight) and "base" in within.kinds
-  return node.based(over_base(within, base) if wraps else base)
+def over(member: Weight, shared: Any) -> Weight:
+  """A member over what all share; one that shares nothing as it is."""
+  return member if shared is None else rebased(member, shared)
 
 
 def _bank_bypass(nodes: list[Any], path: str) -> Any:

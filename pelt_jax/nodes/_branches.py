@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._node import Branch, extra, materialize, own, product, static
+from pelt_jax._leaf import materialize, product
+from pelt_jax._node import Branch, extra, own, static
 
 ACTIVATIONS = {
   "relu": jax.nn.relu,

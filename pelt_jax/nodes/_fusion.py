@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._node import Branch, extra, own, product, static
+from pelt_jax._leaf import product
+from pelt_jax._node import Branch, extra, own, static
 from pelt_jax.nodes._branches import affine
 
 

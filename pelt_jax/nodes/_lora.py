@@ -10,18 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pelt_jax import _call
-from pelt_jax._node import (
-  Branch,
-  Node,
-  Weight,
-  base,
-  extra,
-  materialize,
-  own,
-  product,
-  static,
-  table_rows,
-)
+from pelt_jax._leaf import materialize, product, table_rows
+from pelt_jax._node import Branch, Node, Weight, base, extra, own, static
 
 
 class Dropout(Node):

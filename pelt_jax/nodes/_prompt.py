@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Weight, base, materialize, own, product, table_rows
+from pelt_jax._leaf import materialize, product, table_rows
+from pelt_jax._node import Weight, base, own
 
 
 class ExtendedEmbedding(Weight):

@@ -7,17 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pelt_jax import _call
-from pelt_jax._node import (
-  Weight,
-  base,
-  materialize,
-  own,
-  product,
-  spread,
-  static,
-  strip,
-  table_rows,
-)
+from pelt_jax._leaf import materialize, product, table_rows
+from pelt_jax._node import Weight, base, own, spread, static, strip
 
 
 class Tuned(Weight):

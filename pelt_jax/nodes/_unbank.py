@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pelt_jax._node import Bypass, Chain, Node, Weight
 from pelt_jax._tree import fold
 from pelt_jax._walk import map_nodes, update_at, walk
-from pelt_jax.nodes._bank import Bank, BankWeight, members_of, over_base
+from pelt_jax.nodes._bank import Bank, BankWeight, members_of, over
 from pelt_jax.nodes._tuned import Guard, Tuned
 
 
@@ -56,7 +56,7 @@ def _member(value: Any, number: int) -> Any:
     return value.based(_member(value.base, number))
   if isinstance(value, BankWeight):
     one = _taken(value.members, number, value.stacked)
-    return over_base(one, value.base) if "base" in one.kinds else one
+    return over(one, value.base)
   if isinstance(value, Tuned):
     return value.materialize()
   if isinstance(value, Chain):

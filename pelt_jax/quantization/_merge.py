@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from pelt_jax._leaf import lowest, rebased
 from pelt_jax._node import Weight, base, contract
 from pelt_jax._tree import fold, merge, refuse_unmergeable
 from pelt_jax._walk import map_nodes, update_at, walk
-from pelt_jax.quantization._weight import NF4Weight, coded
+from pelt_jax.quantization._weight import NF4Weight, coded, to_input
 
 
 class MergeAware(Weight):
@@ -32,9 +33,8 @@ class MergeAware(Weight):
     return _rounded(self.base)
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
-    below = codes_below(self.base)
-    places = () if below is None else below.places(call)
-    return _product((eq, precision, x.shape, x.dtype, places), x, self.base)
+    how = (eq, precision, x.shape, x.dtype, lowest(self.base).places(call))
+    return _product(how, x, self.base)
 
   def unmergeable(self) -> str | None:
     return self.base.unmergeable()
@@ -43,8 +43,7 @@ class MergeAware(Weight):
     return self.base.changed()
 
   def rank(self) -> int:
-    below = codes_below(self.base)
-    return self.base.rank() if below is None else min(below.plan.matrix)  # rounding has no rank
+    return min(lowest(self.base).plan.matrix)  # rounding has no rank
 
 
 class Loss(NamedTuple):
@@ -100,7 +99,7 @@ def requantize(params: Mapping[str, Any]) -> tuple[dict, dict[str, Loss]]:
     )
   params = fold(params)
   refuse_unmergeable(params)
-  coded_at = {path: value for path, value in walk(params) if codes_below(value) is not None}
+  coded_at = {path: value for path, value in walk(params) if over_codes(value)}
   if all(isinstance(value, NF4Weight) for value in coded_at.values()):
     raise ValueError(
       "params hold no change over 4-bit codes. To quantize a merged model, apply pelt.nf4(...) to "
@@ -108,31 +107,27 @@ def requantize(params: Mapping[str, Any]) -> tuple[dict, dict[str, Loss]]:
     )
   found = {path: _requantized(value) for path, value in coded_at.items()}
   rest = merge(update_at(params, dict.fromkeys(coded_at)))
-  losses = {path: Loss(*map(float, loss)) for path, (_, loss) in found.items() if loss is not None}
+  losses = {path: loss for path, (_, loss) in found.items() if loss is not None}
   return update_at(rest, {path: node for path, (node, _) in found.items()}), losses
 
 
-def codes_below(leaf: Any) -> NF4Weight | None:
-  """The 4-bit weight under all other nodes of a leaf, if there is one."""
-  while isinstance(leaf, Weight) and not isinstance(leaf, NF4Weight):
-    leaf = leaf.inner
-  return leaf if isinstance(leaf, NF4Weight) else None
+def over_codes(leaf: Any) -> bool:
+  """Whether a leaf is a 4-bit weight, or nodes over one."""
+  return isinstance(lowest(leaf), NF4Weight)
 
 
-def _requantized(value: Weight) -> tuple[NF4Weight, tuple | None]:
-  """The codes of a whole weight, and the numbers of its `Loss`, if it has a change."""
-  below = codes_below(value)
-  assert below is not None  # the caller looked
-  if value is below:
-    return below, None
+def _requantized(value: Weight) -> tuple[NF4Weight, Loss | None]:
+  """The codes of a whole weight, and what that lost, if it has a change."""
+  if isinstance(value, NF4Weight):
+    return value, None
   made = _merged(value.base if isinstance(value, MergeAware) else value)
   before, change, error, along, codes = (float(x) for x in _sums(value, made))
   share = lambda part, of: part / of if of > 0 else 0.0
-  return made, (
-    share(change, before) ** 0.5,
-    share(error, change) ** 0.5,
-    share(along, change),
-    codes / math.prod(value.shape),
+  return made, Loss(
+    update=share(change, before) ** 0.5,
+    error=share(error, change) ** 0.5,
+    kept=share(along, change),
+    codes=codes / math.prod(value.shape),
   )
 
 
@@ -142,8 +137,7 @@ def _merged(node: Weight) -> NF4Weight:
   if node.stacked:
     made = jax.lax.map(lambda n: _merged(_layer(n)), node)
     return made.replace(stacked=made.stacked + 1)
-  below = codes_below(node)
-  assert below is not None  # the callers looked
+  below = lowest(node)
   # Compiled alike whatever stands round it: what is merged is what was trained, to the bit.
   whole = jax.lax.optimization_barrier(_wide(node).materialize())
   return below.replace(**coded(below.plan, whole))
@@ -155,8 +149,7 @@ def _sums(value: Weight, made: NF4Weight) -> jax.Array:
   if value.stacked:
     of_layers = jax.lax.map(lambda two: _sums(_layer(two[0]), _layer(two[1])), (value, made))
     return jnp.sum(of_layers, axis=0)
-  below = codes_below(value)
-  assert below is not None  # the callers looked
+  below = lowest(value)
   three = (jnp.asarray(_wide(w).materialize(), jnp.float32) for w in (below, value, made))
   before, whole, after = (x.reshape(-1) for x in jax.lax.optimization_barrier(tuple(three)))
   change, error = whole - before, after - whole
@@ -170,14 +163,10 @@ def _layer(node: Any) -> Any:
   return map_nodes(lambda n: n.replace(stacked=n.stacked - 1), node)
 
 
-def _over(node: Any, make: Callable[[NF4Weight], NF4Weight]) -> Any:
-  """The node over other codes."""
-  return make(node) if isinstance(node, NF4Weight) else node.based(_over(node.inner, make))
-
-
 def _wide(node: Any) -> Any:
   """The node over codes that are not rounded to the kernel's dtype: small changes count."""
-  return _over(node, lambda w: w.replace(kind=str(np.promote_types(w.dtype, np.float32))))
+  below = lowest(node)
+  return rebased(node, below.replace(kind=str(np.promote_types(below.dtype, np.float32))))
 
 
 @jax.custom_vjp
@@ -198,7 +187,7 @@ _rounded.defvjp(_rounded_forward, _rounded_backward)
 
 
 def _kernel(node: Weight, places: tuple) -> jax.Array:
-  return _merged(_over(node, lambda w: w.placed(places))).materialize()
+  return _merged(rebased(node, lowest(node).placed(places))).materialize()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -215,9 +204,7 @@ def _backward(how: tuple, kept: tuple, g: jax.Array) -> tuple:
   eq, precision, shape, dtype, places = how
   # As in a quantized product: nothing of the kernel's size stays from the forward pass.
   (x, node), g = jax.lax.optimization_barrier((kept, g))
-  kernel = _kernel(node, places)
-  through = lambda x: contract(eq, x, kernel, precision)
-  (dx,) = jax.linear_transpose(through, jax.ShapeDtypeStruct(shape, dtype))(g)
+  dx = to_input(eq, _kernel(node, places), precision, jax.ShapeDtypeStruct(shape, dtype), g)
   _, back = jax.vjp(lambda n: n.einsum(eq, x, None, precision), node)
   return dx, *back(g)
 

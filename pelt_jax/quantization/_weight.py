@@ -343,9 +343,14 @@ def _backward(how: tuple, arrays: dict[str, jax.Array], g: Any) -> tuple:
   # Without the barrier XLA would find that the forward pass dequantized already, and keep that.
   arrays, g = jax.lax.optimization_barrier((arrays, g))
   kernel = _dequantize(plan, _placed(arrays, places))
-  product = lambda x: contract(eq, x, kernel, precision)
-  (dx,) = jax.linear_transpose(product, jax.ShapeDtypeStruct(shape, dtype))(g)
+  dx = to_input(eq, kernel, precision, jax.ShapeDtypeStruct(shape, dtype), g)
   return dx, jax.tree.map(_no_gradient, arrays)
+
+
+def to_input(eq: str, kernel: jax.Array, precision: Any, x: Any, g: jax.Array) -> jax.Array:
+  """The gradient of a product with respect to `x`, of which shape and dtype are given."""
+  (dx,) = jax.linear_transpose(lambda x: contract(eq, x, kernel, precision), x)(g)
+  return dx
 
 
 def _placed(arrays: dict[str, jax.Array], places: tuple) -> dict[str, jax.Array]:

@@ -12,7 +12,17 @@ PACKAGE = pathlib.Path(pelt_jax.__file__).parent
 FREE = [
   *(
     PACKAGE / f"{n}.py"
-    for n in ("_node", "_walk", "_call", "_site", "_tree", "_shardings", "_transform", "_save")
+    for n in (
+      "_node",
+      "_leaf",
+      "_walk",
+      "_call",
+      "_site",
+      "_tree",
+      "_shardings",
+      "_transform",
+      "_save",
+    )
   ),
   *sorted((PACKAGE / "nodes").glob("*.py")),
   *sorted((PACKAGE / "methods").glob("*.py")),
