@@ -30,6 +30,7 @@ from pelt_jax._tree import merge as merge
 from pelt_jax._tree import partition as partition
 from pelt_jax._tree import penalty as penalty
 from pelt_jax._tree import value_and_grad as value_and_grad
+from pelt_jax.methods._adalora import adalora as adalora
 from pelt_jax.methods._adapter import adapter as adapter
 from pelt_jax.methods._adapter_drop import adapter_drop as adapter_drop
 from pelt_jax.methods._adapter_drop import drop_to as drop_to
@@ -61,6 +62,8 @@ from pelt_jax.methods._prune_fusion import prune_fusion as prune_fusion
 from pelt_jax.methods._prune_gates import closed_gates as closed_gates
 from pelt_jax.methods._prune_gates import prune_gates as prune_gates
 from pelt_jax.methods._share_trunk import share_trunk as share_trunk
+from pelt_jax.methods._shrink import ranks as ranks
+from pelt_jax.methods._shrink import shrink as shrink
 from pelt_jax.methods._soup import soup as soup
 from pelt_jax.methods._train import full as full
 from pelt_jax.methods._train import train as train

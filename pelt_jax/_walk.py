@@ -26,6 +26,19 @@ def every_node(tree: Any) -> Iterator[Node]:
         yield from every_node(below)
 
 
+def named_nodes(tree: Any, path: str = "") -> Iterator[tuple[str, Node]]:
+  """All nodes of a tree with the paths that `map_arrays` gives to what they hold."""
+  if isinstance(tree, Node):
+    yield path, tree
+    tree = dict(tree.children())
+  if isinstance(tree, Mapping):
+    for name, below in tree.items():
+      yield from named_nodes(below, f"{path}/{name}" if path else str(name))
+  elif type(tree) is tuple:
+    for i, below in enumerate(tree):
+      yield from named_nodes(below, f"{path}/{i}")
+
+
 def map_nodes(fn: Callable[[Any], Any], tree: Any) -> Any:
   """A tree with `fn(node)` in place of every node, those inside a node before it."""
   if isinstance(tree, Node):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pelt_jax._node import Bypass, Chain, Node, Weight
 from pelt_jax._transform import over, site_key
-from pelt_jax._walk import update_at, walk
+from pelt_jax._walk import named_nodes, update_at, walk
 from pelt_jax.nodes import Closable, MeanGate, Shift, Tuned
 
 
@@ -86,18 +86,7 @@ def gated_parts(tree: Any) -> Iterator[GatedPart]:
   """The nodes in a tree that a closable gate scales."""
   for path, value in walk(tree):
     module = path.rpartition("/")[0]
-    for field, node in _within(value, path):
+    for field, node in named_nodes(value, path):
       gate = next((v for _, v in node.children() if isinstance(v, Closable)), None)
       if gate is not None:
         yield GatedPart(path, module, field, node, gate)
-
-
-def _within(value: Any, field: str) -> Iterator[tuple[str, Node]]:
-  """All nodes of a node, itself first, with their paths."""
-  if isinstance(value, Node):
-    yield field, value
-    for name, below in value.children():
-      yield from _within(below, f"{field}/{name}")
-  elif type(value) is tuple:
-    for i, below in enumerate(value):
-      yield from _within(below, f"{field}/{i}")

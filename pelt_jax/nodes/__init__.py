@@ -27,5 +27,6 @@ from pelt_jax.nodes._prompt_encoder import LstmCell as LstmCell
 from pelt_jax.nodes._prompt_encoder import PromptEncoder as PromptEncoder
 from pelt_jax.nodes._shared import EachTask as EachTask
 from pelt_jax.nodes._shared import Shared as Shared
+from pelt_jax.nodes._svd import SvdWeight as SvdWeight
 from pelt_jax.nodes._tuned import Guard as Guard
 from pelt_jax.nodes._tuned import Tuned as Tuned

@@ -94,11 +94,7 @@ class LoraWeight(Weight):
     return min(rank, *matrix_sizes(self.axes, self.shape[self.stacked :]))
 
   def specs(self, spec: tuple, tensor: tuple) -> "LoraWeight":
-    kernel, a, b = _subscripts(self.axes)
-    lead, axis = tensor[: self.stacked], dict(zip(kernel, tensor[self.stacked :], strict=True))
-    P = jax.sharding.PartitionSpec
-    new = super().specs(spec, tensor)
-    return new.replace(a=P(*lead, *map(axis.get, a)), b=P(*lead, *map(axis.get, b)))
+    return super().specs(spec, tensor).replace(**factor_specs(self.axes, self.stacked, tensor))
 
   def _delta(self) -> jax.Array:
     """The change, scaling * a @ b, in at least float32, with stacked axes."""
@@ -239,6 +235,14 @@ def _subscripts(axes: str) -> tuple[str, str, str]:
   kernel, _, factors = axes.partition(":")
   a, _, b = factors.partition(",")
   return kernel, a, b
+
+
+def factor_specs(axes: str, stacked: int, tensor: tuple) -> dict[str, Any]:
+  """The specs of a and b over a kernel of spec `tensor`: they follow its axes, the rank none."""
+  kernel, a, b = _subscripts(axes)
+  lead, axis = tensor[:stacked], dict(zip(kernel, tensor[stacked:], strict=True))
+  P = jax.sharding.PartitionSpec
+  return {name: P(*lead, *map(axis.get, own)) for name, own in (("a", a), ("b", b))}
 
 
 def _rank_letter(axes: str) -> str:
