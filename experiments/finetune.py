@@ -29,9 +29,10 @@ from options import (
   parse,
   quantizing,
   run_options,
+  scheduled,
   starts_from,
 )
-from reporting import as_markdown, plot, show, write
+from reporting import as_markdown, plot, plot_ranks, show, write
 
 import pelt_jax as pelt
 from pelt_jax import models, training
@@ -40,7 +41,7 @@ SHOWN = 5  # of the answers, in the report
 # These are noise until they are trained.
 NOISE = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "mam", "unipelt")
 WARMUP, DECAY, CLIP = 0.06, 0.01, 1.0  # of steps; of weights; of the gradient's norm
-OUTPUTS = ("adapter", "checkpoints", "report.json", "report.md", "loss.png")
+OUTPUTS = ("adapter", "checkpoints", "report.json", "report.md", "loss.png", "ranks.png")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -195,6 +196,8 @@ def main(argv: list[str] | None = None) -> dict:
     tx = optax.chain(tx, optax.multi_transform(groups, pelt.labels))
   if args.paged:
     tx = pelt.paged(tx)
+  if scheduled(args):
+    method = build_method(args, steps=steps)
   loss = training.LOSSES[args.task]
   train = training.train_step(apply, loss, tx, method, clip=CLIP, accumulate=args.accumulate)
   if chief and args.overwrite:  # not before everything was found to be in order
@@ -234,13 +237,17 @@ def main(argv: list[str] | None = None) -> dict:
   final = done.params if mesh is None else training.replicate(done.params, mesh)
   if not chief:
     return {}
-  pelt.save(out / "adapter", pelt.fold(final))  # what made prompts and prefixes is in checkpoints/
+  kept = pelt.fold(final)  # what made prompts and prefixes is in checkpoints/
+  allotted = pelt.ranks(final) if args.method == "adalora" else None
+  if allotted:
+    kept = pelt.shrink(kept)
+  pelt.save(out / "adapter", kept)
   if labels:
     write(out / "adapter" / "labels.json", json.dumps(labels, indent=2) + "\n")
   if template:
     written = {"template": template.source, "verbalizer": args.verbalizer}
     write(out / "adapter" / "template.json", json.dumps(written, indent=2) + "\n")
-  count = pelt.count(final, sites)
+  count, left = pelt.count(final, sites), pelt.count(kept, sites)
   report = {
     "method": args.method,
     "model": args.model,
@@ -255,9 +262,10 @@ def main(argv: list[str] | None = None) -> dict:
     },
     "forgetting": {"before": forgotten[0], "after": forgotten[1]} if forget else None,
     "parameters": {
-      name: getattr(count, name)
-      for name in ("trainable", "stored", "changed", "rank", "head", "total")
+      **{name: getattr(count, name) for name in ("trainable", "head", "total")},
+      **{name: getattr(left, name) for name in ("stored", "changed", "rank")},
     },
+    "ranks": allotted,
     "bytes": {
       "adapter": sum(f.stat().st_size for f in (out / "adapter").rglob("*") if f.is_file()),
       "optimizer": sum(x.nbytes for x in jax.tree.leaves(done.state.optimizer)),
@@ -282,6 +290,8 @@ def main(argv: list[str] | None = None) -> dict:
     "writing": as_report(args, write_answers, writing) if args.write else None,
   }
   plot(out / "loss.png", report)
+  if allotted:
+    plot_ranks(out / "ranks.png", allotted)
   write(out / "report.md", as_markdown(report))
   write(out / "report.json", json.dumps(report, indent=2) + "\n")  # last: it says all is there
   if not args.quiet:

@@ -17,6 +17,7 @@ RATES = {
   "full": {"classification": 5e-5, "tagging": 5e-5, "lm": 5e-5, "seq2seq": 5e-5},
   "bitfit": {"classification": 2e-3, "tagging": 2e-3, "lm": 1e-3, "seq2seq": 1e-3},
   "lora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
+  "adalora": {"classification": 5e-3, "tagging": 5e-3, "lm": 2e-3, "seq2seq": 2e-3},
   "qlora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "prompt_tuning": {"classification": 3e-2, "tagging": 3e-2, "lm": 1e-2, "seq2seq": 3e-2},
   "p_tuning": {"classification": 1e-2, "tagging": 1e-2, "lm": 1e-3, "seq2seq": 1e-3},
@@ -28,11 +29,11 @@ RATES = {
   "unipelt": {"classification": 5e-4, "tagging": 5e-4, "lm": 5e-4, "seq2seq": 5e-4},
 }
 # An MLP moves all that it makes at once, so it wants small steps, and its head larger ones; an LSTM
-# wants larger ones than its head.
+# wants larger ones than its head, and so do three small factors.
 HEAD_RATES = {
   name: {"classification": 5e-3, "tagging": 5e-3}
   for name in ("prefix_tuning", "p_tuning", "mam", "unipelt")
-}
+} | {"adalora": {"classification": 1e-3, "tagging": 1e-3}}
 OTHER_RATES = {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4}
 METHODS = (  # those that this version has
   *("full", "bitfit", "lora", "adalora", "dora", "pissa", "olora", "ia3", "vera", "loha", "lokr"),
@@ -238,6 +239,7 @@ def read_verbalizer(text: str) -> dict[str, str | list[str]]:
   return words
 
 
+UNKNOWN_STEPS = 10**9  # before the data are read
 HEAD = "head"  # the group of a head with a rate of its own
 
 
@@ -256,12 +258,15 @@ def starts_from(args: argparse.Namespace) -> str | None:
 
 
 def build_method(
-  args: argparse.Namespace, tokens: typing.Any = None, members: dict | None = None
+  args: argparse.Namespace,
+  tokens: typing.Any = None,
+  members: dict | None = None,
+  steps: int | None = None,
 ) -> pelt.Transform:
   """The method with its options, and the task's head beside it.
 
-  Without `tokens` (a prompt that starts from words) or `members` (adapters to fuse) it only checks
-  the other options.
+  Without `tokens` (a prompt that starts from words), `members` (adapters to fuse) or `steps` (of a
+  method with a schedule) it only checks the other options.
   """
   known = [name for name in METHODS if hasattr(pelt, name)]
   if args.method not in known:
@@ -271,6 +276,10 @@ def build_method(
   if init := starts_from(args):
     stand_in = [[0]] if init == "labels" else [0]
     options |= {"init": init, "tokens": stand_in if tokens is None else tokens}
+  if scheduled(args):
+    if "steps" in options:
+      raise ValueError(f"--set steps={options['steps']}: pass the run's length as --steps")
+    options["steps"] = steps or args.steps or UNKNOWN_STEPS
   if args.adapters is not None:
     stand_in = {"bypass": pelt.nodes.After(pelt.nodes.Bottleneck())}
     options["adapters"] = members or dict.fromkeys(args.adapters, stand_in)
@@ -285,6 +294,11 @@ def build_method(
     # Trained jointly, the backbone is all that nothing else claimed before.
     method = pelt.chain(*(parts[::-1] if options.get("tune_backbone") else parts))
   return method
+
+
+def scheduled(args: argparse.Namespace) -> bool:
+  """Whether the method has a schedule over the run's steps."""
+  return "steps" in inspect.signature(getattr(pelt, args.method)).parameters
 
 
 def quantizing(args: argparse.Namespace, method: pelt.Transform) -> pelt.Transform | None:

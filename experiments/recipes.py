@@ -53,7 +53,9 @@ QUANTIZED = {
   "qlora": Recipe("qlora", ("rank=8", "alpha=8")),
   "qlora_merge_aware": Recipe("qlora", ("rank=8", "alpha=8", "merge_aware=true")),
 }
-RECIPES = QUANTIZED | PLAIN | PROMPTS | WHOLE | ADAPTERS | NEW
+# The budget of lora_all, found by AdaLoRA itself.
+FAMILY = {"adalora": Recipe("adalora", ("rank=12", "target_rank=8", "targets=all-linear"))}
+RECIPES = FAMILY | QUANTIZED | PLAIN | PROMPTS | WHOLE | ADAPTERS | NEW
 
 
 def rates(name: str, task: str) -> tuple[float, float]:

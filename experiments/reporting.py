@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -22,6 +23,33 @@ def plot(path: pathlib.Path, report: dict) -> None:
   )
   axes.set(xlabel="step", ylabel="loss", title=f"{report['method']} on {report['task']}")
   axes.legend()
+  save_figure(figure, path)
+
+
+def plot_ranks(path: pathlib.Path, ranks: dict) -> None:
+  """A heat map of the ranks: layers from left to right, a row for each kind of matrix."""
+  import numpy as np
+  from matplotlib.figure import Figure
+
+  cells: dict[str, dict[int, int]] = {}
+  for at, rank in ranks.items():
+    number = re.search(r"(?<=/)\d+(?=/)|(?<=_)\d+(?=/)", at)
+    kind = at if number is None else at[number.end() + 1 :]
+    layers = rank if isinstance(rank, list) else [rank]
+    first = int(number[0]) if number else 0
+    cells.setdefault(kind.removesuffix("/kernel"), {}).update(enumerate(layers, first))
+  width = 1 + max(layer for row in cells.values() for layer in row)
+  table = np.array([[row.get(i, np.nan) for i in range(width)] for row in cells.values()])
+  figure = Figure(figsize=(2.5 + 0.45 * width, 1 + 0.4 * len(cells)), layout="constrained")
+  axes = figure.subplots()
+  image = axes.imshow(table, cmap="viridis", vmin=0, aspect="auto")
+  for (y, x), rank in np.ndenumerate(table):
+    if not np.isnan(rank):
+      shade = "white" if rank < 0.6 * np.nanmax(table) else "black"
+      axes.text(x, y, int(rank), ha="center", va="center", color=shade, fontsize=7)
+  axes.set(xlabel="layer", xticks=range(width), yticks=range(len(cells)), title="rank")
+  axes.set_yticklabels(cells, fontsize=7)
+  figure.colorbar(image)
   save_figure(figure, path)
 
 
@@ -54,6 +82,10 @@ def rows_of(report: dict) -> list[tuple[str, str]]:
       rows.append((f"{name}, {report['writing']['prompts']} answers", change))
   share = counts["trainable"] / counts["total"]
   rows.append(("trainable", f"{counts['trainable']:,} of {counts['total']:,} ({share:.2%})"))
+  if ranks := report["ranks"]:
+    each = [r for rank in ranks.values() for r in (rank if isinstance(rank, list) else [rank])]
+    line = f"{sum(each):,} in {len(each)} matrices, {min(each)} to {max(each)} each"
+    rows.append(("singular values kept", line))
   if counts["head"]:
     rows.append(("head", f"{counts['head']:,}"))
   rows.append(("adapter file", f"{report['bytes']['adapter'] / 1e6:.2f} MB"))
@@ -83,7 +115,8 @@ def as_markdown(report: dict) -> str:
     for answer in report["writing"]["texts"]:
       lines = [f"- {name}: {quoted(answer[name])}" for name in ("reference", "before", "after")]
       text += "\n".join(["\n" + quoted(answer["prompt"]), "", *lines, ""])
-  return text + "\n![loss](loss.png)\n"
+  ranks = "\n![ranks](ranks.png)\n" if report["ranks"] else ""
+  return text + "\n![loss](loss.png)\n" + ranks
 
 
 def quoted(text: str) -> str:
