@@ -7,6 +7,7 @@ import pytest
 
 import pelt_jax as pelt
 from experiments import flops
+from pelt_jax import training
 
 QUERY_VALUE = pelt.lora(rank=8, targets=("query", "value"))
 
@@ -148,3 +149,18 @@ def test_the_counter_on_a_program_done_by_hand():
   count = flops.needed(loss, t, x, w)
   assert (count.forward, count.backward) == (3 * one, 2 * one)
   assert flops.dots_in(jax.grad(loss), t, x, w) == 5 * one
+
+
+@pytest.mark.parity
+def test_an_adalora_step_costs_what_a_lora_step_of_its_first_rank_costs():
+  def step_flops(method):
+    loss, _, params, batch = flops.case(method)
+    init, step = training.train_step(
+      lambda *_: None, lambda _, p, b, key: loss(p, b), optax.adamw(1e-3), method, clip=1.0
+    )
+    shapes = jax.eval_shape(init, params)
+    return flops.compiled_flops(step, *shapes, batch, jax.random.key(0))
+
+  lora = step_flops(pelt.lora(rank=12, targets="all-linear"))
+  # The regulariser, the scores and the choice are all that comes on top.
+  assert lora < step_flops(pelt.adalora(steps=100, rank=12)) <= 1.05 * lora
