@@ -26,6 +26,10 @@ METHODS = {
     pelt.lora(2, 4, targets="all-linear", rslora=True, init="gaussian"),
     2 * (LAYERS * (4 * 2 * WIDTH + 2 * (WIDTH + HIDDEN)) + WIDTH + 3),
   ),
+  "adalora": (
+    pelt.adalora(20, 2, 1, targets=("mlp/up", "mlp/down"), dropout=0.25),
+    LAYERS * 2 * 2 * (WIDTH + HIDDEN + 1),
+  ),
   "bitfit": (pelt.bitfit(), BIASES),
   "train": (pelt.train("mlp"), LAYERS * (2 * WIDTH * HIDDEN + WIDTH + HIDDEN)),
   "full": (pelt.full(), TOTAL),
