@@ -34,6 +34,7 @@ from pelt_jax.methods._adapter import adapter as adapter
 from pelt_jax.methods._adapter_drop import adapter_drop as adapter_drop
 from pelt_jax.methods._adapter_drop import drop_to as drop_to
 from pelt_jax.methods._adapter_fusion import adapter_fusion as adapter_fusion
+from pelt_jax.methods._add_loras import add_loras as add_loras
 from pelt_jax.methods._bitfit import bitfit as bitfit
 from pelt_jax.methods._close_gates import close_gates as close_gates
 from pelt_jax.methods._composition import average as average
@@ -62,6 +63,7 @@ from pelt_jax.methods._prune_gates import closed_gates as closed_gates
 from pelt_jax.methods._prune_gates import prune_gates as prune_gates
 from pelt_jax.methods._share_trunk import share_trunk as share_trunk
 from pelt_jax.methods._soup import soup as soup
+from pelt_jax.methods._to_lora import to_lora as to_lora
 from pelt_jax.methods._train import full as full
 from pelt_jax.methods._train import train as train
 from pelt_jax.methods._unipelt import unipelt as unipelt
