@@ -72,7 +72,8 @@ def add_loras(
 
   with c_n = w_n scaling_n. A product of summed factors is no sum of products: "linear" and what
   prunes factors have cross terms a_m b_n of all pairs of adapters. Ties elects, at each place, the
-  sign of the sum of entries before they are weighted (arXiv:2306.01708; DARE: arXiv:2311.03099).
+  sign of the sum of entries before they are weighted, so that an adapter votes at weight 0 too
+  (arXiv:2306.01708; DARE: arXiv:2311.03099).
 
   These are PEFT's combinations. Here the scaling is 1 whatever the adapters' (PEFT passes
   `use_rslora` on, and is off by a factor then); one adapter is pruned as several are.

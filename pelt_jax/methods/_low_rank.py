@@ -68,6 +68,7 @@ def scaled(matrices: jax.Array, number: jax.Array, dtype: Any) -> jax.Array:
   )
 
 
+@jax.jit
 def svd_of_product(a: jax.Array, b: jax.Array) -> Svd:
   """Of `a @ b`, which is not built: the cost is that of the rank."""
   (left, upper), (right, lower) = jnp.linalg.qr(a), jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
@@ -78,6 +79,7 @@ def svd_of_product(a: jax.Array, b: jax.Array) -> Svd:
   return Svd(u, s, vt, _rounding(s, a.shape[-2], b.shape[-1]))
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def svd_of_change(leaf: Any, below: Any, axes: str) -> Svd:
   """Of what a leaf is minus what another is, both before they are rounded to 16 bits."""
   after, before = (to_matrices(materialize(widened(x)), axes) for x in (leaf, below))
@@ -89,6 +91,7 @@ def svd_of_change(leaf: Any, below: Any, axes: str) -> Svd:
   return found._replace(noise=found.noise + jnp.finfo(dtype).eps * size)
 
 
+@jax.jit
 def svd_of(change: jax.Array) -> Svd:
   """Of matrices as they stand."""
   u, s, vt = jnp.linalg.svd(change, full_matrices=False)
