@@ -1,5 +1,6 @@
 """Against torch PEFT itself: its weighted adapters, its conversions, and what we export of ours."""
 
+import json
 import warnings
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import pelt_jax as pelt
+from pelt_jax._walk import update_at, walk
 from pelt_jax.methods import _add_loras
 from pelt_jax.methods._add_loras import HOWS
 from tests import support
@@ -25,6 +27,7 @@ pytestmark = [
   pytest.mark.parity,
   pytest.mark.filterwarnings("ignore:The density 1.0 is greater"),
   pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
+  pytest.mark.filterwarnings("ignore:Converting a PEFT adapter to LoRA that is already"),
   pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
   pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -145,9 +148,13 @@ def test_what_is_exported_computes_the_same_in_peft(how, tmp_path):
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("rank", [1, 3, 0.5, 0.9, 1.0])
 def test_conversions(rank, conv, tmp_path):
-  """A LoHa as PEFT converts it and as we do from its merged weights: ranks, changes, exported."""
-  loha = dict(r=2, alpha=3, target_modules=["lin", "lin2"])
-  theirs, model, base = made(tmp_path / "in", conv, hf_peft.LoHaConfig, default=loha)
+  """As PEFT converts and as we do from merged weights: ranks, changes, exported.
+
+  LoHas have no Conv1D, so that there it is a LoRA.
+  """
+  kind, alpha = (hf_peft.LoraConfig, "lora_alpha") if conv else (hf_peft.LoHaConfig, "alpha")
+  options = {"r": 2 + conv, alpha: 3, "target_modules": ["lin", "lin2"]}
+  theirs, model, base = made(tmp_path / "in", conv, kind, default=options)
   _, state = hf_peft.convert_to_lora(theirs, rank)
   values = {f"base/{k}": v.numpy() for k, v in theirs.merge_and_unload().state_dict().items()}
   merged = base_params(values | ({"conv": np.array(True)} if conv else {}))
@@ -156,8 +163,6 @@ def test_conversions(rank, conv, tmp_path):
   for name in ("lin", "lin2"):
     node = params[name]["kernel"]
     a, b = (state[f"base_model.model.{name}.lora_{side}.weight"].numpy() for side in "AB")
-    if conv:  # there A and B are those of the transposed kernel
-      assert a.shape[0] == b.shape[1]
     assert node.a.shape[1] == len(a)
     np.testing.assert_allclose(node.a @ node.b, (b @ a).T, rtol=0, atol=1e-12)
   assert set(errors) == {"lin/kernel", "lin2/kernel"}
@@ -174,12 +179,20 @@ def test_scanned_layers_of_other_ranks_are_exported(tmp_path):
   model, base = helpers.built("bert", "classification")
   ids = helpers.tokens(2, 6)
   rng = np.random.default_rng(0)
-  after = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), base)
+  move = lambda x, size: x + jnp.asarray(size * rng.normal(size=x.shape), x.dtype)
+  after = dict(walk(base))
+  for path, value in after.items():
+    if "layer/" in path and path.endswith("kernel"):  # falling singular values, other each layer
+      after[path] = move(value, 0.01) + 0.1 * jnp.cumsum(move(value, 1.0), 1)
+    elif path.startswith("classifier"):
+      after[path] = move(value, 0.1)
   sites = pelt.sites(model, ids)
-  keep = ("head", "embeddings/*", "norm")
-  params, errors = pelt.to_lora(after, 0.8, sites=sites, base=base, keep=keep)
-  assert all(e.shape == (3,) and e.max() <= 0.2**0.5 + 1e-6 for e in errors.values())
+  params, errors = pelt.to_lora(update_at({}, after), 0.9, sites=sites, base=base)
+  assert all(e.shape == (3,) and e.max() <= 0.1**0.5 + 1e-6 for e in errors.values())
   pelt.interop.peft.export(tmp_path, params, model)
+  written = json.loads((tmp_path / "adapter_config.json").read_text())
+  assert len({written["r"], *written["rank_pattern"].values()}) > 2
+  assert written["modules_to_save"] == ["classifier"]
   again = pelt.interop.peft.load(tmp_path, model, base)
   run = jax.jit(pelt.bypass(model.apply))
   helpers.close(run({"params": again}, ids), run({"params": params}, ids), 1e-5)

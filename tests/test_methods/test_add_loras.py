@@ -279,7 +279,7 @@ def test_several_on_a_weight_and_fused_ones(float64):
   )
   terms = {"two": two, "other": other, "fused": fused}
   made = added(terms, [1, 2, -1], "cat")
-  assert made.a.shape == (6, 6) and made.base is below
+  assert made.a.shape == (6, 1 + 2 + 3 + 2) and made.base is below
   want = whole(two) + 2 * whole(other) - whole(fused)
   np.testing.assert_allclose(delta(made), want, rtol=0, atol=1e-13)
   for how in FACTORS:
