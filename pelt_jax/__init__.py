@@ -35,6 +35,7 @@ from pelt_jax.methods._adapter import adapter as adapter
 from pelt_jax.methods._adapter_drop import adapter_drop as adapter_drop
 from pelt_jax.methods._adapter_drop import drop_to as drop_to
 from pelt_jax.methods._adapter_fusion import adapter_fusion as adapter_fusion
+from pelt_jax.methods._add_loras import add_loras as add_loras
 from pelt_jax.methods._bitfit import bitfit as bitfit
 from pelt_jax.methods._close_gates import close_gates as close_gates
 from pelt_jax.methods._composition import average as average
@@ -65,6 +66,7 @@ from pelt_jax.methods._share_trunk import share_trunk as share_trunk
 from pelt_jax.methods._shrink import ranks as ranks
 from pelt_jax.methods._shrink import shrink as shrink
 from pelt_jax.methods._soup import soup as soup
+from pelt_jax.methods._to_lora import to_lora as to_lora
 from pelt_jax.methods._train import full as full
 from pelt_jax.methods._train import train as train
 from pelt_jax.methods._unipelt import unipelt as unipelt

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from pelt_jax._node import Node, Weight, contract, strip
@@ -27,6 +28,15 @@ def rebased(leaf: Any, below: Any) -> Any:
   """The nodes of a leaf, however many lie on each other, over something else than `lowest`."""
   wraps = "base" in getattr(leaf, "kinds", ())
   return leaf.based(rebased(leaf.base, below)) if wraps else below
+
+
+def widened(leaf: Any) -> Any:
+  """A leaf over the same numbers in float32 or wider, which rounds no small changes away."""
+  below = lowest(leaf)
+  wide = np.promote_types(strip(below).dtype, np.float32)
+  if not isinstance(below, Weight):
+    return rebased(leaf, jnp.asarray(strip(below), wide))
+  return rebased(leaf, below.replace(kind=str(wide)) if "kind" in below.kinds else below)
 
 
 def unbox(tree: Any) -> Any:

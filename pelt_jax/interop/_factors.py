@@ -1,13 +1,13 @@
 """The low-rank part of weight nodes as plain arrays, in one form whatever the kernel's axes."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pelt_jax._node import Weight, strip
 from pelt_jax.nodes import Dropout, FusedLora, Guard, LoraWeight
+from pelt_jax.nodes._pairs import letters, pair_of
 
 # Weights under a LoRA that stand for the base itself, only stored in another way.
 QUANTIZED = ("NF4Weight",)
@@ -69,47 +69,16 @@ def factors(node: Any) -> Factors:
   )
 
 
-@factors.register
-def _(node: LoraWeight) -> Factors:
-  kernel, _, ab = node.axes.partition(":")
-  a_axes, _, b_axes = ab.partition(",")
-  batch = [c for c in kernel if c in a_axes and c in b_axes]
-  inputs = [c for c in kernel if c in a_axes and c not in batch]
-  outputs = [c for c in kernel if c in b_axes and c not in batch]
+@factors.register(LoraWeight)
+@factors.register(FusedLora)
+def _(node: LoraWeight | FusedLora) -> Factors:
+  pair = pair_of(node)
+  batch, _, outputs = letters(pair.axes)
   if len(batch) > 1:
-    raise ValueError(f"it has {len(batch)} batch axes ({node.axes!r}), PEFT knows one (experts)")
-  rank = next(c for c in a_axes if c not in kernel)
-  a = _arranged(node, "a", a_axes, batch, [inputs, [rank]])
-  b = _arranged(node, "b", b_axes, batch, [[rank], outputs])
-  first = kernel.replace(batch[0], "") if batch else kernel
-  return Factors(a, b, *_numbers(node), bool(batch), first[0] in outputs)
-
-
-@factors.register
-def _(node: FusedLora) -> Factors:
-  """Block form: one a and one b of rank g * r, zeros where a part does not belong."""
-  a, b = np.asarray(node.array("a")), np.asarray(node.array("b"))
-  groups, rank, width = b.shape[-3:]
-  lead = b.shape[:-3]
-  a = np.moveaxis(a, -3, -2).reshape(*lead, a.shape[-2], groups * rank)
-  whole = np.zeros((*lead, groups * rank, node.parts * width), b.dtype)
-  for g, part in enumerate(node.chosen):
-    rows, columns = slice(g * rank, (g + 1) * rank), slice(part * width, (part + 1) * width)
-    whole[..., rows, columns] = b[..., g, :, :]
-  return Factors(a, whole, *_numbers(node), False, node.fused == 0)
-
-
-def _arranged(
-  node: LoraWeight, name: str, axes: str, batch: list[str], groups: list[list[str]]
-) -> np.ndarray:
-  """A factor with its axes in order, each group flattened to one axis, stacked axes first."""
-  value = np.asarray(node.array(name))
-  lead = node.stacked
-  order = [lead + axes.index(c) for c in (*batch, *(c for g in groups for c in g))]
-  value = value.transpose(*range(lead), *order)
-  size = dict(zip(axes, np.asarray(node.array(name)).shape[lead:], strict=True))
-  shape = [size[c] for c in batch] + [math.prod(size[c] for c in g) for g in groups]
-  return value.reshape(*value.shape[:lead], *shape)
+    raise ValueError(f"it has {len(batch)} batch axes ({pair.axes!r}), PEFT knows one (experts)")
+  first = pair.axes.partition(":")[0].replace(batch, "")[0]
+  a, b = np.asarray(pair.a), np.asarray(pair.b)
+  return Factors(a, b, *_numbers(node), bool(batch), first in outputs)
 
 
 def _numbers(node: LoraWeight | FusedLora) -> tuple[np.ndarray, np.ndarray | None]:

@@ -17,6 +17,7 @@ from pelt_jax.methods._named import (
   check_placed,
   check_places,
   frozen,
+  one_owner,
   places_of,
   tuned,
   weights_of,
@@ -162,7 +163,6 @@ def _joined(
 
 def _owner(adapters: Mapping[str, dict], head: str | None) -> str:
   """The adapter whose own leaves of the model, such as its head, the composition has."""
-  check_name("head", head, adapters)
   changed = {name: leaves for name, params in adapters.items() if (leaves := tuned(params))}
   for name, leaves in changed.items():
     for path, node in leaves.items():
@@ -172,13 +172,7 @@ def _owner(adapters: Mapping[str, dict], head: str | None) -> str:
           f"adapters[{name!r}] holds a {type(inside).__name__} at {path!r}, no adapter; "
           "pelt.soup takes any method's params"
         )
-  if head is None and len(changed) > 1:
-    some = sorted({path for leaves in changed.values() for path in leaves})[:4]
-    raise ValueError(
-      f"the adapters {list(changed)} all trained leaves of the model itself, {some}, which it has "
-      f"once: choose whose they are, head={next(iter(changed))!r}"
-    )
-  return next(iter(changed), next(iter(adapters))) if head is None else head
+  return one_owner(adapters, changed, head)
 
 
 def _without_numbers(path: str) -> str:

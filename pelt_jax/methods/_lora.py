@@ -135,12 +135,8 @@ def matrices(found: list[Target], targets: Targets, method: str) -> list[Target]
   Raises:
     ValueError: if none is, or a matrix was never called.
   """
-  # A bias of several heads has two axes too: beside a leaf that multiplies, one that only adds is
-  # no matrix.
-  used = {t.site.parent for t in found if t.site.equations}
-  kept = [
-    t for t in found if len(t.site.shape) >= 2 and (t.site.equations or t.site.parent not in used)
-  ]
+  paths = are_matrices(t.site for t in found)
+  kept = [t for t in found if t.site.path in paths]
   if not kept:
     raise ValueError(
       f"{method} needs matrices; {targets!r} names only {[t.site.path for t in found][:5]}"
@@ -152,6 +148,15 @@ def matrices(found: list[Target], targets: Targets, method: str) -> list[Target]
       "Pass pelt.sites the inputs of the task, or drop the target"
     )
   return kept
+
+
+def are_matrices(sites: Iterable[Site]) -> set[str]:
+  """The paths of those leaves that are matrices."""
+  # A bias of several heads has two axes too: beside a leaf that multiplies, one that only adds is
+  # no matrix.
+  sites = list(sites)
+  used = {s.parent for s in sites if s.equations}
+  return {s.path for s in sites if len(s.shape) >= 2 and (s.equations or s.parent not in used)}
 
 
 def _first(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
@@ -196,10 +201,6 @@ def _lora(site, leaf, key, rank, scaling, dropout, init, dtype, group) -> LoraWe
   a_axes, _, b_axes = factors.partition(",")
   r = next(c for c in a_axes if c not in kernel)
   size = dict(zip(kernel, site.shape, strict=True)) | {r: rank}
-  names = dict(
-    zip(kernel, box_names(leaf, len(site.stacked) + len(kernel))[len(site.stacked) :], strict=True)
-  )
-  lead = box_names(leaf, len(site.stacked) + len(kernel))[: len(site.stacked)]
   a_shape, b_shape = (site.stacked + tuple(size[c] for c in s) for s in (a_axes, b_axes))
   dtype, wide = _numbers(leaf, dtype)
   fan_in = math.prod(size[c] for c in a_axes if c != r and c not in b_axes)
@@ -207,15 +208,36 @@ def _lora(site, leaf, key, rank, scaling, dropout, init, dtype, group) -> LoraWe
     a, b = jnp.zeros(a_shape, dtype), jax.random.normal(key, b_shape, dtype)
   else:
     a, b = _drawn(key, a_shape, fan_in, rank, init, dtype), jnp.zeros(b_shape, dtype)
+  scaling = jnp.full(site.stacked, scaling, wide)
+  drop = None if table else _dropout(site, dropout, wide)
+  return pair_over(leaf, a, b, scaling, axes=axes, dropout=drop, group=group)
+
+
+def pair_over(
+  leaf: Any,
+  a: jax.Array,
+  b: jax.Array,
+  scaling: jax.Array,
+  *,
+  axes: str,
+  dropout: Dropout | None = None,
+  group: str | None,
+) -> LoraWeight:
+  """A pair over a leaf, in boxes like the leaf's; the scaling has the stacked axes."""
+  stacked = scaling.ndim
+  kernel, _, factors = axes.partition(":")
+  a_axes, _, b_axes = factors.partition(",")
+  names = box_names(leaf, stacked + len(kernel))
+  lead, name = names[:stacked], dict(zip(kernel, names[stacked:], strict=True))
   return LoraWeight(
     leaf,
-    like_box(leaf, a, (*lead, *map(names.get, a_axes))),
-    like_box(leaf, b, (*lead, *map(names.get, b_axes))),
-    jnp.full(site.stacked, scaling, wide),
-    None if table else _dropout(site, dropout, wide),
+    like_box(leaf, a, (*lead, *map(name.get, a_axes))),
+    like_box(leaf, b, (*lead, *map(name.get, b_axes))),
+    scaling,
+    dropout,
     axes=axes,
     group=group,
-    stacked=len(site.stacked),
+    stacked=stacked,
   )
 
 

@@ -1,6 +1,6 @@
 """Adapters by name: params of several tasks, each trained alone on one frozen model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -108,6 +108,29 @@ def check_name(argument: str, name: str | None, adapters: Mapping[str, dict]) ->
   """Raises ValueError unless an argument is None or names one of the adapters."""
   if name is not None and name not in adapters:
     raise ValueError(f"{argument}={name!r} is none of the adapters {list(adapters)}")
+
+
+def one_owner(
+  adapters: Mapping[str, dict], changed: Mapping[str, Collection[str]], head: str | None
+) -> str:
+  """The adapter whose own leaves of the model, such as its head, what is made of all has.
+
+  Args:
+    adapters: by name.
+    changed: the paths of such leaves, of those adapters that have any.
+    head: the one chosen, or None.
+
+  Raises:
+    ValueError: if several have some and none is chosen.
+  """
+  check_name("head", head, adapters)
+  if head is None and len(changed) > 1:
+    some = sorted({path for paths in changed.values() for path in paths})[:4]
+    raise ValueError(
+      f"the adapters {list(changed)} all trained leaves of the model itself, {some}, which it has "
+      f"once: choose whose they are, head={next(iter(changed))!r}"
+    )
+  return next(iter(changed), next(iter(adapters))) if head is None else head
 
 
 def check_base(tables: Mapping[str, dict[str, Any]]) -> None:

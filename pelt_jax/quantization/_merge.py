@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
-from pelt_jax._leaf import lowest, rebased
+from pelt_jax._leaf import lowest, rebased, widened
 from pelt_jax._node import Weight, base, contract
 from pelt_jax._tree import fold, merge, refuse_unmergeable
 from pelt_jax._walk import map_nodes, update_at, walk
@@ -139,7 +138,7 @@ def _merged(node: Weight) -> NF4Weight:
     return made.replace(stacked=made.stacked + 1)
   below = lowest(node)
   # Compiled alike whatever stands round it: what is merged is what was trained, to the bit.
-  whole = jax.lax.optimization_barrier(_wide(node).materialize())
+  whole = jax.lax.optimization_barrier(widened(node).materialize())
   return below.replace(**coded(below.plan, whole))
 
 
@@ -150,7 +149,7 @@ def _sums(value: Weight, made: NF4Weight) -> jax.Array:
     of_layers = jax.lax.map(lambda two: _sums(_layer(two[0]), _layer(two[1])), (value, made))
     return jnp.sum(of_layers, axis=0)
   below = lowest(value)
-  three = (jnp.asarray(_wide(w).materialize(), jnp.float32) for w in (below, value, made))
+  three = (jnp.asarray(widened(w).materialize(), jnp.float32) for w in (below, value, made))
   before, whole, after = (x.reshape(-1) for x in jax.lax.optimization_barrier(tuple(three)))
   change, error = whole - before, after - whole
   differ = jnp.sum(below.numbers() != made.numbers(), dtype=jnp.float32)
@@ -161,12 +160,6 @@ def _sums(value: Weight, made: NF4Weight) -> jax.Array:
 def _layer(node: Any) -> Any:
   """A node that lost its leading axis."""
   return map_nodes(lambda n: n.replace(stacked=n.stacked - 1), node)
-
-
-def _wide(node: Any) -> Any:
-  """The node over codes that are not rounded to the kernel's dtype: small changes count."""
-  below = lowest(node)
-  return rebased(node, below.replace(kind=str(np.promote_types(below.dtype, np.float32))))
 
 
 @jax.custom_vjp
