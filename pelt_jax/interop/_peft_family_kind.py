@@ -13,7 +13,7 @@ from pelt_jax.interop._peft_lora_export import _shortest
 from pelt_jax.interop._places import LINEAR, Place
 from pelt_jax.nodes import Dropout
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]
 
 
 class Kind:
