@@ -45,9 +45,14 @@ from pelt_jax.methods._design import Design as Design
 from pelt_jax.methods._design import design as design
 from pelt_jax.methods._gradnorm import gradnorm_layers as gradnorm_layers
 from pelt_jax.methods._gradnorm import gradnorm_prune as gradnorm_prune
+from pelt_jax.methods._hira import hira as hira
+from pelt_jax.methods._ia3 import ia3 as ia3
+from pelt_jax.methods._loha import loha as loha
+from pelt_jax.methods._lokr import lokr as lokr
 from pelt_jax.methods._lora import lora as lora
 from pelt_jax.methods._mam import mam as mam
 from pelt_jax.methods._merge_aware import merge_aware as merge_aware
+from pelt_jax.methods._miss import miss as miss
 from pelt_jax.methods._nf4 import nf4 as nf4
 from pelt_jax.methods._nf4 import qlora as qlora
 from pelt_jax.methods._p_tuning import p_tuning as p_tuning
@@ -71,6 +76,7 @@ from pelt_jax.methods._train import full as full
 from pelt_jax.methods._train import train as train
 from pelt_jax.methods._unipelt import unipelt as unipelt
 from pelt_jax.methods._unipelt_within import unipelt_within as unipelt_within
+from pelt_jax.methods._vera import vera as vera
 from pelt_jax.nodes._bank import bank as bank
 from pelt_jax.nodes._unbank import unbank as unbank
 from pelt_jax.optimizers._paged import paged as paged

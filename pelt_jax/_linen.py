@@ -18,7 +18,7 @@ from pelt_jax._call import Call, Context, Frame
 from pelt_jax._leaf import materialize, product, table_rows
 from pelt_jax._node import BYPASS, GENERATORS, Bypass, Weight, spread, strip
 from pelt_jax._rules import rule_for
-from pelt_jax._tree import fold
+from pelt_jax._tree import expanded
 from pelt_jax._walk import every_node, update_at, walk
 from pelt_jax.nodes._bank import members_of
 
@@ -91,7 +91,7 @@ def bypass(apply: Callable, *, gathered: Mapping[str, Any] | None = None) -> Cal
         "pelt.gathered(params, base_specs, mesh)"
       )
     if GENERATORS in params:
-      params = fold(params)
+      params = expanded(params)
     variables = {**variables, "params": params}
     rows = rows if rows is None or hasattr(rows, "dtype") else np.asarray(rows)
     record = (record,) if isinstance(record, str) else tuple(record)

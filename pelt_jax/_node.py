@@ -8,6 +8,7 @@ Every array field of a node is declared by what becomes of it:
 | `derived()` | no | no | rebuilt from the base at load (4-bit codes) |
 | `own()` | yes, in `group` | yes | the method's parameters |
 | `extra()` | no | yes | numbers that belong to the method but do not train (scaling) |
+| `given()` | no | no | filled by a generator while a program runs: one array for many nodes |
 
 `static()` fields shape the program: kernel axes, an activation's name. A field that holds another
 node follows that node's own declarations. Field types are not checked: the same class also holds
@@ -28,7 +29,7 @@ BYPASS = "bypass"  # reserved key under a module's path
 GENERATORS = "generators"  # reserved key at the root
 REGISTRY: dict[str, type["Node"]] = {}  # class name -> class, for files; never an import path
 
-_KINDS = ("base", "derived", "own", "extra", "static")
+_KINDS = ("base", "derived", "own", "extra", "given", "static")
 
 
 def _declared(kind: str, default: Any) -> Any:
@@ -55,12 +56,19 @@ def extra(default: Any = None) -> Any:
   return _declared("extra", default)
 
 
+def given(default: Any = None) -> Any:
+  """Declares an array that a generator fills, the same for many nodes and all members of a bank."""
+  return _declared("given", default)
+
+
 def static(default: Any = None) -> Any:
   """Declares a value that shapes the program (part of the tree's structure)."""
   return _declared("static", default)
 
 
-@dataclass_transform(field_specifiers=(base, derived, own, extra, static), frozen_default=True)
+@dataclass_transform(
+  field_specifiers=(base, derived, own, extra, given, static), frozen_default=True
+)
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Node(meta.AxisMetadata):
   """A pytree inside the params. Subclassing makes a frozen dataclass and registers it.
@@ -85,7 +93,7 @@ class Node(meta.AxisMetadata):
       if not isinstance(value, dataclasses.Field) or value.metadata.get("kind") not in _KINDS:
         raise TypeError(
           f"{cls.__name__}.{name} is undeclared: write `{name}: Any = own()`, or base(), "
-          "derived(), extra(), static()"
+          "derived(), extra(), given(), static()"
         )
     dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     cls.kinds = {f.name: f.metadata["kind"] for f in dataclasses.fields(cls)}
@@ -310,7 +318,12 @@ class Branch(Node):
 
 
 class Generator(Node):
-  """A node at the root that fills waiting fields of other nodes from shared parameters."""
+  """A node at the root that fills waiting fields of other nodes from shared parameters.
+
+  `kept` classes fill fields with copies of what is stored once: `fold` leaves them in the tree.
+  """
+
+  kept: ClassVar[bool] = False
 
   def expand(self, params: dict) -> dict:
     """Params in which the nodes this generator serves are filled."""

@@ -123,17 +123,30 @@ def value_and_grad(loss: Callable, has_aux: bool = False) -> Callable:
 def fold(params: Mapping[str, Any]) -> dict:
   """Runs the generators once and drops them: what serves needs none.
 
+  Those stay that put one array into many nodes (`vera`, `ia3`), so that a file holds it once.
+
   Args:
     params: params with or without generators.
 
   Returns:
-    Params without the key `generators`.
+    Params without the key `generators`, or with those that stay.
   """
+  return _run(params, lambda generator: not generator.kept)
+
+
+def expanded(params: Mapping[str, Any]) -> dict:
+  """Params without generators: what every node computes with."""
+  return _run(params, lambda _: True)
+
+
+def _run(params: Mapping[str, Any], which: Callable[[Any], bool]) -> dict:
   generators = params.get(GENERATORS, {})
-  folded = {k: v for k, v in params.items() if k != GENERATORS}
-  for name in sorted(generators, key=_number):
-    folded = generators[name].expand(folded)
-  return folded
+  left = {name: g for name, g in generators.items() if not which(g)}
+  out = {k: v for k, v in params.items() if k != GENERATORS}
+  out |= {GENERATORS: left} if left else {}
+  for name in sorted(generators.keys() - left.keys(), key=_number):
+    out = generators[name].expand(out)
+  return out
 
 
 def _number(name: str) -> tuple[int, str]:
@@ -156,7 +169,7 @@ def merge(params: Mapping[str, Any]) -> dict:
   Raises:
     ValueError: listing every path that cannot be merged, and why.
   """
-  params = fold(params)
+  params = expanded(params)
   refuse_unmergeable(params)
   return _map_nodes(_plain, params)
 

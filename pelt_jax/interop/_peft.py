@@ -9,6 +9,9 @@ from typing import Any
 from pelt_jax._site import Site
 from pelt_jax._tree import fold
 from pelt_jax._walk import every_node, walk
+from pelt_jax.interop._peft_family_export import family_files
+from pelt_jax.interop._peft_family_kinds import KINDS
+from pelt_jax.interop._peft_family_load import load_family
 from pelt_jax.interop._peft_files import read_config, write_folder
 from pelt_jax.interop._peft_lora_export import ORDER, lora_files
 from pelt_jax.interop._peft_lora_load import load_lora
@@ -51,7 +54,12 @@ def export(
   v0, k1, v1, ..., evaluated where an MLP makes them; dropout is left out. PEFT counts tokens from P
   on, so positions must be shifted by P (`shift_positions`).
 
-  `Tuned` modules beside a prompt or prefix become `modules_to_save`, heads as for LoRA.
+  **IA3, VERA, LOHA, LOKR, MISS, HIRA**: a module's tensors under PEFT's names; VeRA's pair lies in
+  the file once. Where PEFT has one rank, dropout or way of cutting matrices for all modules, params
+  must have one too.
+
+  `Tuned` modules beside a prompt, prefix or one of these become `modules_to_save`, heads as for
+  LoRA.
 
   Both files are written under temporary names, then renamed.
 
@@ -87,6 +95,8 @@ def export(
     config, tensors = prefix_files(params, model, base_model_name)
   elif method == "a prompt":
     config, tensors = prompt_files(params, model, base_model_name)
+  elif method in FAMILY:
+    config, tensors = family_files(FAMILY[method], params, model, base_model_name)
   else:
     config, tensors = lora_files(params, model, base_model_name, parameter_order)
   write_folder(pathlib.Path(folder), config, tensors)
@@ -113,6 +123,10 @@ def load(
   positions shifted, that train as they are; a file holds none of the networks that may have made
   them. PEFT puts a prompt in front of everything, in an encoder-decoder of the source: so must the
   data (`virtual_tokens`).
+
+  **IA3, VERA, LOHA, LOKR, MISS, HIRA** become the nodes that the methods of those names make; of
+  VeRA the file must hold the random pair (`save_projection`). Dropouts of ranks and modules (LoHa,
+  LoKr) have no counterpart here.
 
   Args:
     folder: holds `adapter_config.json` and `adapter_model.safetensors`.
@@ -154,8 +168,10 @@ def load(
   kind = raw["peft_type"]
   if kind in PROMPTS:
     return load_prompt(folder, raw, model, base, strict=strict, sites=sites)
+  if kind in KINDS:
+    return load_family(folder, raw, model, base, strict=strict)
   if kind != "LORA":
-    known = ", ".join(("LORA", *PROMPTS))
+    known = ", ".join(("LORA", *PROMPTS, *KINDS))
     raise ValueError(f"{folder} is of peft_type {kind!r}; those that can be read are {known}")
   return load_lora(
     folder,
@@ -176,7 +192,9 @@ def check_order(signature: str, params: Any, model: Any) -> None:
     )
 
 
+FAMILY = {kind.title: kind for kind in KINDS.values()}
 _METHODS: dict[type, str] = {
+  **{node: kind.title for kind in KINDS.values() for node in kind.nodes},
   ExtendedEmbedding: "a prompt",
   Prefix: "a prefix",
   LoraWeight: "LoRA",

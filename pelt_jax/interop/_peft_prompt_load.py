@@ -19,7 +19,7 @@ from pelt_jax.interop._peft_prompt_export import (
   embedding_scale,
   warn_of_windows,
 )
-from pelt_jax.interop._peft_saved import absent, read_leaf, saver, tuned_leaves
+from pelt_jax.interop._peft_saved import read_saved, tuned_leaves
 from pelt_jax.interop._places import places
 from pelt_jax.methods._prefix_tuning import prefix_tuning
 from pelt_jax.methods._prompt_tuning import token_table
@@ -69,19 +69,10 @@ def load_prompt(
     sites = sites_of(model, jax.ShapeDtypeStruct((1, 2), jnp.int32))
   make = _prefix if kind == "PREFIX_TUNING" else _prompt
   params = make(raw, file, tensors, model, base, sites)
-  missing, unexpected, whole = [], set(tensors.entries) - {TABLE}, {}
-  modules, used = raw.get("modules_to_save") or (), set()
-  for place in places(model, base).values():
-    if (entry := saver(modules, place.module)) is None:
-      continue
-    used.add(entry)
-    name = SAVED + place.tensor
-    unexpected.discard(name)
-    if name in tensors.entries:
-      whole[place] = read_leaf(tensors, name, place)
-    else:
-      missing.append(name)
-  complain([*missing, *absent(modules, used)], f"{tensors.file} lacks tensors", strict)
+  modules = raw.get("modules_to_save") or ()
+  whole, missing = read_saved(tensors, places(model, base).values(), modules, SAVED)
+  unexpected = set(tensors.entries) - {TABLE} - {SAVED + place.tensor for place in whole}
+  complain(missing, f"{tensors.file} lacks tensors", strict)
   complain(sorted(unexpected), f"{tensors.file} has unexpected tensors", strict)
   return update_at(params, tuned_leaves(base, whole))
 

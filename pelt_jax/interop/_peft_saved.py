@@ -103,6 +103,23 @@ def read_leaf(tensors: Tensors, name: str, place: Place) -> np.ndarray:
   return value.T if place.transposed else value
 
 
+def read_saved(
+  tensors: Tensors, places: Iterable[Place], modules: Iterable[str], prefix: str
+) -> tuple[dict[Place, np.ndarray], list[str]]:
+  """The leaves of the modules saved whole, and what the file or the base lacks of them."""
+  modules, whole, missing, used = list(modules), {}, [], set()
+  for place in places:
+    if (entry := saver(modules, place.module)) is None:
+      continue
+    used.add(entry)
+    name = prefix + place.tensor
+    if name in tensors.entries:
+      whole[place] = read_leaf(tensors, name, place)
+    else:
+      missing.append(name)
+  return whole, [*missing, *absent(modules, used)]
+
+
 def tuned_leaves(base: Mapping, whole: Mapping[Place, np.ndarray]) -> dict[str, Tuned]:
   """The trained leaves, by path; layers of a scan that the file lacks keep the base's values."""
   by_path: dict[str, dict[int | None, np.ndarray]] = collections.defaultdict(dict)

@@ -1,6 +1,6 @@
 """Hugging Face PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`.
 
-LoRA, prompts and prefixes. Torch is not needed on either way.
+LoRA, prompts, prefixes, IA3, VeRA, LoHa, LoKr, MiSS and HiRA. Torch is not needed on either way.
 """
 
 from pelt_jax.interop._peft import export as export

@@ -12,6 +12,9 @@ from pelt_jax.nodes._composed import WeightedSum as WeightedSum
 from pelt_jax.nodes._drop import DropBelow as DropBelow
 from pelt_jax.nodes._fusion import Fusion as Fusion
 from pelt_jax.nodes._generators import PrefixMLP as PrefixMLP
+from pelt_jax.nodes._hadamard import HiraWeight as HiraWeight
+from pelt_jax.nodes._hadamard import LohaWeight as LohaWeight
+from pelt_jax.nodes._kronecker import LokrWeight as LokrWeight
 from pelt_jax.nodes._lora import Dropout as Dropout
 from pelt_jax.nodes._lora import FusedLora as FusedLora
 from pelt_jax.nodes._lora import LoraWeight as LoraWeight
@@ -25,8 +28,14 @@ from pelt_jax.nodes._prompt import ExtendedEmbedding as ExtendedEmbedding
 from pelt_jax.nodes._prompt_encoder import Affine as Affine
 from pelt_jax.nodes._prompt_encoder import LstmCell as LstmCell
 from pelt_jax.nodes._prompt_encoder import PromptEncoder as PromptEncoder
+from pelt_jax.nodes._scaled import ScaledWeight as ScaledWeight
+from pelt_jax.nodes._scaled import SharedScales as SharedScales
+from pelt_jax.nodes._shards import BatWeight as BatWeight
+from pelt_jax.nodes._shards import MissWeight as MissWeight
 from pelt_jax.nodes._shared import EachTask as EachTask
 from pelt_jax.nodes._shared import Shared as Shared
 from pelt_jax.nodes._svd import SvdWeight as SvdWeight
 from pelt_jax.nodes._tuned import Guard as Guard
 from pelt_jax.nodes._tuned import Tuned as Tuned
+from pelt_jax.nodes._vera import VeraPair as VeraPair
+from pelt_jax.nodes._vera import VeraWeight as VeraWeight

@@ -11,9 +11,20 @@ from jax.core import Tracer
 
 from pelt_jax import _call
 from pelt_jax._leaf import lowest, rebased
-from pelt_jax._node import Branch, Bypass, Chain, Node, Weight, base, is_node, own, strip
-from pelt_jax._tree import fold
-from pelt_jax._walk import every_node, update_at, walk
+from pelt_jax._node import (
+  Branch,
+  Bypass,
+  Chain,
+  Generator,
+  Node,
+  Weight,
+  base,
+  is_node,
+  own,
+  strip,
+)
+from pelt_jax._tree import HOLE, combine, fold
+from pelt_jax._walk import every_node, map_arrays, update_at, walk
 from pelt_jax.nodes._composed import Composed
 from pelt_jax.nodes._prompt import ExtendedEmbedding
 from pelt_jax.nodes._tuned import Guard
@@ -80,10 +91,16 @@ class BankWeight(Weight):
   def _by_row(self, run: Callable, x: jax.Array, call: Any) -> jax.Array:
     if call is None:
       return self.materialize()  # raises: there are no rows to choose by
-    members = call.picked(self.members, x.shape[0], self.count)
+    mine, common = (
+      map_arrays(
+        lambda kind, _, x, __, g=given: x if (kind == "given") == g else HOLE, self.members
+      )
+      for given in (False, True)
+    )
+    members = call.picked(mine, x.shape[0], self.count)
 
     def one(member: Weight, row: jax.Array, number: jax.Array) -> jax.Array:
-      return run(over(member, self.base), row, call.of_row(number))
+      return run(over(combine(member, common), self.base), row, call.of_row(number))
 
     return jax.vmap(one)(members, x, jnp.arange(x.shape[0]))
 
@@ -150,6 +167,11 @@ def bank(members: Sequence[dict] | Mapping[str, dict]) -> dict:
       out[path] = _bank_weight(nodes, path)
     elif isinstance(first, Bypass):
       out[path] = _bank_bypass(nodes, path)
+    elif isinstance(first, Generator) and not all(same_arrays(first, n) for n in nodes):
+      raise ValueError(
+        f"the members of the bank have different numbers at {path!r}, which all members of a bank "
+        "share: give their methods the same options (the seed of vera)"
+      )
     else:
       out[path] = first
   return update_at({}, out)
@@ -158,7 +180,7 @@ def bank(members: Sequence[dict] | Mapping[str, dict]) -> dict:
 def members_of(params: dict) -> int | None:
   """How many members the bank in params has; None without one."""
   for node in every_node(params):
-    if isinstance(node, BankWeight):
+    if isinstance(node, BankWeight) and jax.tree.leaves(node.members):  # none where all wait
       return node.count
     if isinstance(node, Bank) or getattr(node, "banked", False):
       return jax.tree.leaves(node)[0].shape[node.stacked]
@@ -194,14 +216,19 @@ def same(a: Any, b: Any) -> bool:
   """Whether two arrays are equal, as far as it can be told without tracing."""
   a, b = strip(a), strip(b)
   if isinstance(a, Weight) or isinstance(b, Weight):
-    if jax.tree.structure(a) != jax.tree.structure(b):
-      return False
-    return all(map(same, jax.tree.leaves(a), jax.tree.leaves(b)))
+    return same_arrays(a, b)
   if a is b or not all(isinstance(x, jax.Array | np.ndarray) for x in (a, b)):
     return True
   if isinstance(a, Tracer) or isinstance(b, Tracer):
     return True
   return a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())
+
+
+def same_arrays(a: Any, b: Any) -> bool:
+  """Whether two trees have one structure and equal arrays."""
+  if jax.tree.structure(a) != jax.tree.structure(b):
+    return False
+  return all(map(same, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def _bank_weight(nodes: list[Any], path: str) -> Any:

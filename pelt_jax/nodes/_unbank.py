@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pelt_jax._node import Bypass, Chain, Node, Weight
+from pelt_jax._node import Bypass, Chain, Generator, Node, Weight
 from pelt_jax._tree import fold
 from pelt_jax._walk import map_nodes, update_at, walk
 from pelt_jax.nodes._bank import Bank, BankWeight, members_of, over
@@ -46,7 +46,7 @@ def unbank(params: dict) -> tuple[dict, list[dict]]:
   members = [
     update_at({}, {path: _member(value, i) for path, value in table.items()}) for i in range(count)
   ]
-  bare = {p: _bare(v) for p, v in walk(members[0]) if not isinstance(v, Bypass)}
+  bare = {p: _bare(v) for p, v in walk(members[0]) if not isinstance(v, Bypass | Generator)}
   return update_at({}, bare), members
 
 

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from pelt_jax._leaf import lowest, rebased, widened
 from pelt_jax._node import Weight, base, contract
-from pelt_jax._tree import fold, merge, refuse_unmergeable
+from pelt_jax._tree import expanded, merge, refuse_unmergeable
 from pelt_jax._walk import map_nodes, update_at, walk
 from pelt_jax.quantization._weight import NF4Weight, coded, to_input
 
@@ -96,7 +96,7 @@ def requantize(params: Mapping[str, Any]) -> tuple[dict, dict[str, Loss]]:
     raise TypeError(
       "params hold traced arrays: requantize reports numbers, call it outside jax.jit"
     )
-  params = fold(params)
+  params = expanded(params)
   refuse_unmergeable(params)
   coded_at = {path: value for path, value in walk(params) if over_codes(value)}
   if all(isinstance(value, NF4Weight) for value in coded_at.values()):

@@ -33,6 +33,35 @@ METHODS = {
   "bitfit": (pelt.bitfit(), BIASES),
   "train": (pelt.train("mlp"), LAYERS * (2 * WIDTH * HIDDEN + WIDTH + HIDDEN)),
   "full": (pelt.full(), TOTAL),
+  "ia3": (
+    pelt.ia3(("attn/key", "mlp/up"), feedforward=("mlp/down", "attn/out")),
+    LAYERS * (WIDTH + 2 * HIDDEN + WIDTH),
+  ),
+  "vera": (
+    pelt.vera(4, targets=("attn/query", "attn/out", "mlp/down")),
+    LAYERS * 3 * (WIDTH + 4),
+  ),
+  "vera, dropout": (pelt.vera(4, targets="mlp/up", dropout=0.25), LAYERS * (HIDDEN + 4)),
+  "loha": (
+    pelt.loha(2, 3, targets=("attn/value", "attn/out", "mlp/up")),
+    LAYERS * 2 * 2 * (4 * WIDTH + WIDTH + HIDDEN),
+  ),
+  "lokr": (pelt.lokr(1, targets=("attn/out", "mlp/up")), LAYERS * (4 + 6 + 4 + 7)),
+  "lokr, both": (
+    pelt.lokr(1, 3, factor=4, decompose_both=True, init="lycoris", targets="mlp/down"),
+    LAYERS * (4 + 2 + 2 + 3),
+  ),
+  "miss": (pelt.miss(4, targets=("attn/query", "attn/out"), dropout=0.25), LAYERS * 8 * WIDTH),
+  "miss, mini": (pelt.miss(4, kind="mini", mini_rank=2, targets="mlp/up"), LAYERS * 8),
+  "miss, bat": (pelt.miss(2, kind="bat", targets=("attn/value", "mlp/up")), LAYERS * 2 * 14),
+  "hira": (
+    pelt.hira(2, targets=("attn/value", "attn/out", "mlp/up")),
+    LAYERS * 2 * (4 * WIDTH + WIDTH + HIDDEN),
+  ),
+  "hira, dropout and table": (
+    pelt.hira(1, targets=("embed", "mlp/down"), dropout=0.25),
+    11 + WIDTH + LAYERS * (WIDTH + HIDDEN),
+  ),
   "lora and head": (
     pelt.chain(pelt.lora(2, targets="mlp/up"), pelt.train("head")),
     LAYERS * 2 * (WIDTH + HIDDEN) + 3 * WIDTH + 3,

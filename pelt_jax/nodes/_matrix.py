@@ -1,0 +1,176 @@
+"""What nodes share that change a kernel as one matrix, its inputs by its outputs."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pelt_jax._leaf import materialize, product
+from pelt_jax._node import Weight, base, contract, extra, static, strip
+from pelt_jax.nodes._lora import _below, _refuse_dropout
+
+PLAIN = "...i,io->...o"
+
+
+class MatrixWeight(Weight):
+  """`base + delta`, where delta is a matrix (in, out), several axes of the kernel being one of it.
+
+  y = product(x, base) + dropout(x) delta. Classes say what delta is, and may know a product with it
+  that builds none.
+
+  Attributes:
+    base: an array or another weight node.
+    dropout: None or a `Dropout` for the input of the change alone.
+    axes: kernel axes : its inputs, its outputs.
+  """
+
+  base: Any = base()
+  dropout: Any = extra()
+  axes: str = static("io:i,o")
+
+  def delta(self, dtype: Any) -> jax.Array:
+    """The change, (in, out) behind stacked axes, computed in `dtype`."""
+    raise NotImplementedError
+
+  def along(self, x: jax.Array, precision: Any) -> jax.Array:
+    """`x @ delta` for rows (..., in); the backward pass builds delta again, which is not kept."""
+
+    def run(node: Any, x: jax.Array) -> jax.Array:
+      return contract(PLAIN, x, node.delta(node.wide), precision)
+
+    return jax.checkpoint(run)(self, x)
+
+  def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
+    y = product(eq, x, self.base, _below(call), precision)
+    h = x if self.dropout is None else self.dropout(call, x)
+    rows = _rows(eq, self.axes)
+    if rows is None:  # the table read the other way round, or a product with more axes
+      return y + contract(eq, h, self.as_kernel(self.delta(self.wide)), precision)
+    outputs = [self.sizes[c] for c in split(self.axes)[2]]
+    return y + rows.back(self.along(rows.of(h), precision), outputs)
+
+  def materialize(self) -> jax.Array:
+    _refuse_dropout(self.dropout)
+    # Not fused into one rounding: the sum is the same in whatever program it stands.
+    whole = materialize(self.base)
+    wide = np.promote_types(whole.dtype, self.wide)
+    whole, delta = jax.lax.optimization_barrier((whole, self.as_kernel(self.delta(wide))))
+    return jnp.asarray(jnp.asarray(whole, wide) + delta, whole.dtype)
+
+  def rank(self) -> int:
+    return min(self.matrix)
+
+  @property
+  def wide(self) -> Any:
+    """The dtype in which the change is computed: at least float32."""
+    own = (strip(x).dtype for n, x in self.children() if self.kinds[n] == "own" and x is not None)
+    return functools.reduce(np.promote_types, own, np.dtype(np.float32))
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """The sizes of the kernel's axes, without stacked ones."""
+    kernel = self.axes.partition(":")[0]
+    return dict(zip(kernel, self.shape[self.stacked :], strict=True))
+
+  @property
+  def matrix(self) -> tuple[int, int]:
+    """Inputs and outputs."""
+    _, inputs, outputs = split(self.axes)
+    size = self.sizes
+    return math.prod(map(size.__getitem__, inputs)), math.prod(map(size.__getitem__, outputs))
+
+  def as_kernel(self, matrix: jax.Array) -> jax.Array:
+    """A matrix (in, out) as the kernel lies, stacked axes first."""
+    kernel, inputs, outputs = split(self.axes)
+    have, lead = inputs + outputs, matrix.shape[:-2]
+    matrix = matrix.reshape(*lead, *map(self.sizes.__getitem__, have))
+    return matrix.transpose(*range(len(lead)), *(len(lead) + have.index(c) for c in kernel))
+
+  def as_matrix(self, kernel: jax.Array) -> jax.Array:
+    """The kernel as a matrix (in, out), stacked axes first."""
+    letters, inputs, outputs = split(self.axes)
+    lead = kernel.ndim - len(letters)
+    order = (lead + letters.index(c) for c in inputs + outputs)
+    return kernel.transpose(*range(lead), *order).reshape(*kernel.shape[:lead], *self.matrix)
+
+  def flat_specs(self, tensor: tuple) -> tuple[tuple, Any, Any]:
+    """What partitions stacked axes, inputs and outputs: the first of several axes that are one."""
+    kernel, inputs, outputs = split(self.axes)
+    axis = dict(zip(kernel, tensor[self.stacked :], strict=True))
+    return tensor[: self.stacked], axis[inputs[0]], axis[outputs[0]]
+
+
+class KernelWeight(MatrixWeight):
+  """A change that is made from the base itself, so that products need the whole kernel.
+
+  In float32 or wider y = product(x, base + delta). In fewer bits the sum would round small changes
+  away, so there are two products, as under dropout. The backward pass builds both again.
+  """
+
+  def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
+    fused = self.dropout is None and x.dtype.itemsize >= 4
+    h = x if self.dropout is None else self.dropout(call, x)
+    wide = np.promote_types(self.wide, self.dtype)
+
+    def run(node: Any, h: jax.Array) -> jax.Array:
+      kernel = node.as_kernel(node.delta(wide))
+      if fused:
+        kernel = kernel + jnp.asarray(materialize(node.base), wide)
+      return contract(eq, h, kernel, precision)
+
+    change = jax.checkpoint(run)(self, h)
+    return change if fused else product(eq, x, self.base, _below(call), precision) + change
+
+
+class _Rows(NamedTuple):
+  """How a product's input becomes rows (..., in), and rows (..., out) what the equation says."""
+
+  x: str
+  lead: str
+  inputs: str
+  outputs: str
+  out: str
+
+  def of(self, x: jax.Array) -> jax.Array:
+    free = x.ndim - len(self.x)
+    order = (free + self.x.index(c) for c in self.lead + self.inputs)
+    return x.transpose(*range(free), *order).reshape(*self._kept(x, free), -1)
+
+  def _kept(self, x: jax.Array, free: int) -> list[int]:
+    return [*x.shape[:free], *(x.shape[free + self.x.index(c)] for c in self.lead)]
+
+  def back(self, y: jax.Array, outputs: list[int]) -> jax.Array:
+    free, have = y.ndim - 1 - len(self.lead), self.lead + self.outputs
+    y = y.reshape(*y.shape[:-1], *outputs)
+    return y.transpose(*range(free), *(free + have.index(c) for c in self.out))
+
+
+@functools.cache
+def _rows(eq: str, axes: str) -> "_Rows | None":
+  """How to multiply rows, None where the equation does not contract exactly the inputs."""
+  x, kernel, out = eq.replace("->", ",").split(",")
+  mine, inputs, outputs = split(axes)
+  rename = dict(zip(mine, kernel, strict=True))
+  inputs, outputs = ("".join(map(rename.__getitem__, s)) for s in (inputs, outputs))
+  x, out = x.removeprefix("..."), out.removeprefix("...")
+  lead = "".join(c for c in x if c in out)
+  wanted = set(lead + inputs), set(lead + outputs)
+  if "." in x + out or (set(x), set(out)) != wanted or set(lead) & set(kernel):
+    return None
+  return _Rows(x, lead, inputs, outputs, out)
+
+
+def split(axes: str) -> tuple[str, str, str]:
+  """Letters of the kernel, of its inputs and of its outputs."""
+  kernel, _, both = axes.partition(":")
+  inputs, _, outputs = both.partition(",")
+  return kernel, inputs, outputs
+
+
+def pair(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+  """`a @ b` in `dtype`, behind stacked axes."""
+  left, right = (jnp.asarray(x, dtype) for x in (a, b))
+  return jnp.einsum("...ir,...ro->...io", left, right, precision="highest")
