@@ -47,6 +47,7 @@ class LoraWeight(Weight):
     scaling: (), or one per stacked layer; alpha / rank. Or a branch that gives one from x: a gate.
     dropout: None or a `Dropout` for the input of `a` alone.
     axes: kernel axes : axes of a, axes of b. A letter in both a and b is a batch axis (experts).
+    b_group: label of b where it is another than `group`.
   """
 
   base: Any = base()
@@ -55,6 +56,7 @@ class LoraWeight(Weight):
   scaling: Any = extra()
   dropout: Any = extra()
   axes: str = static("io:ir,ro")
+  b_group: str | None = static()
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
     y = product(eq, x, self.base, _below(call), precision)
@@ -110,6 +112,12 @@ class LoraWeight(Weight):
     return delta * scaling.reshape(scaling.shape + (1,) * len(kernel))
 
 
+class LoraFaWeight(LoraWeight):
+  """A LoRA whose `a` stays as it was drawn (LoRA-FA, arXiv:2308.03303): `b` alone trains."""
+
+  a: Any = extra()
+
+
 class FusedLora(Weight):
   """A LoRA of its own on some of the equal parts of a fused projection (query, key, value).
 
@@ -124,6 +132,7 @@ class FusedLora(Weight):
     chosen: which parts, g of them.
     parts: how many equal parts the fused axis has.
     fused: which axis of the kernel is fused.
+    b_group: as of `LoraWeight`.
   """
 
   base: Any = base()
@@ -134,6 +143,7 @@ class FusedLora(Weight):
   chosen: tuple[int, ...] = static((0, 2))
   parts: int = static(3)
   fused: int = static(1)
+  b_group: str | None = static()
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
     y = product(eq, x, self.base, _below(call), precision)
