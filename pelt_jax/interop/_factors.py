@@ -1,13 +1,14 @@
 """The low-rank part of weight nodes as plain arrays, in one form whatever the kernel's axes."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pelt_jax._node import Weight, strip
-from pelt_jax.nodes import Dropout, FusedLora, Guard, LoraWeight
+from pelt_jax.nodes import DoraWeight, Dropout, FusedLora, Guard, LoraWeight, Residual
+from pelt_jax.nodes._lora import _rank_letter, _subscripts
+from pelt_jax.nodes._matrix import arranged, parts
 
 # Weights under a LoRA that stand for the base itself, only stored in another way.
 QUANTIZED = ("NF4Weight",)
@@ -71,18 +72,14 @@ def factors(node: Any) -> Factors:
 
 @factors.register
 def _(node: LoraWeight) -> Factors:
-  kernel, _, ab = node.axes.partition(":")
-  a_axes, _, b_axes = ab.partition(",")
-  batch = [c for c in kernel if c in a_axes and c in b_axes]
-  inputs = [c for c in kernel if c in a_axes and c not in batch]
-  outputs = [c for c in kernel if c in b_axes and c not in batch]
-  if len(batch) > 1:
-    raise ValueError(f"it has {len(batch)} batch axes ({node.axes!r}), PEFT knows one (experts)")
-  rank = next(c for c in a_axes if c not in kernel)
-  a = _arranged(node, "a", a_axes, batch, [inputs, [rank]])
-  b = _arranged(node, "b", b_axes, batch, [[rank], outputs])
-  first = kernel.replace(batch[0], "") if batch else kernel
-  return Factors(a, b, *_numbers(node), bool(batch), first[0] in outputs)
+  return _pair(node, _rate(node.dropout))
+
+
+@factors.register
+def _(node: Residual) -> Factors:
+  """What it lacks of the weight, with its sign."""
+  pair = _pair(node, None)
+  return pair._replace(b=-pair.b)
 
 
 @factors.register
@@ -96,35 +93,49 @@ def _(node: FusedLora) -> Factors:
   for g, part in enumerate(node.chosen):
     rows, columns = slice(g * rank, (g + 1) * rank), slice(part * width, (part + 1) * width)
     whole[..., rows, columns] = b[..., g, :, :]
-  return Factors(a, whole, *_numbers(node), False, node.fused == 0)
+  scaling = np.asarray(node.array("scaling"))
+  return Factors(a, whole, scaling, _rate(node.dropout), False, node.fused == 0)
 
 
-def _arranged(
-  node: LoraWeight, name: str, axes: str, batch: list[str], groups: list[list[str]]
-) -> np.ndarray:
-  """A factor with its axes in order, each group flattened to one axis, stacked axes first."""
-  value = np.asarray(node.array(name))
-  lead = node.stacked
-  order = [lead + axes.index(c) for c in (*batch, *(c for g in groups for c in g))]
-  value = value.transpose(*range(lead), *order)
-  size = dict(zip(axes, np.asarray(node.array(name)).shape[lead:], strict=True))
-  shape = [size[c] for c in batch] + [math.prod(size[c] for c in g) for g in groups]
-  return value.reshape(*value.shape[:lead], *shape)
+def _pair(node: LoraWeight | Residual, rate: np.ndarray | None) -> Factors:
+  batch, inputs, outputs = parts(node.axes)
+  if len(batch) > 1:
+    raise ValueError(f"it has {len(batch)} batch axes ({node.axes!r}), PEFT knows one (experts)")
+  (kernel, left, right), rank = _subscripts(node.axes), _rank_letter(node.axes)
+  a, b = (np.asarray(node.array(n)) for n in "ab")
+  a = arranged(a, left, (*batch, inputs, rank), node.stacked)
+  b = arranged(b, right, (*batch, rank, outputs), node.stacked)
+  out_first = next(c for c in kernel if c not in batch) in outputs
+  return Factors(a, b, np.asarray(node.array("scaling")), rate, bool(batch), out_first)
 
 
-def _numbers(node: LoraWeight | FusedLora) -> tuple[np.ndarray, np.ndarray | None]:
-  if node.dropout is None:
-    return np.asarray(node.array("scaling")), None
-  if not isinstance(node.dropout, Dropout):
-    raise ValueError(f"its dropout is a {type(node.dropout).__name__}, PEFT has a rate only")
-  return np.asarray(node.array("scaling")), np.asarray(node.dropout.array("rate"))
+def _rate(dropout: Any) -> np.ndarray | None:
+  if dropout is None:
+    return None
+  if not isinstance(dropout, Dropout):
+    raise ValueError(f"its dropout is a {type(dropout).__name__}, PEFT has a rate only")
+  return np.asarray(dropout.array("rate"))
+
+
+def magnitude(value: DoraWeight, layer: int | None) -> np.ndarray:
+  """The magnitudes of one layer, (out,)."""
+  whole = np.asarray(value.array("magnitude"))
+  return (whole if layer is None else whole[layer]).reshape(-1)
 
 
 def all_factors(value: Any) -> list[Factors]:
-  """The changes of all low-rank nodes on one leaf, innermost first; empty for a plain leaf."""
+  """The changes of all low-rank nodes on one leaf, innermost first; empty for a plain leaf.
+
+  Those below magnitudes have their dropout. What a residual lacks is a change from the weight
+  that files are for, with the dropout of the LoRA above it, as PEFT converts one.
+  """
+  if isinstance(value, DoraWeight):
+    return [f._replace(rate=_rate(value.dropout)) for f in all_factors(value.base)]
   found = []
   while isinstance(value, Weight) and type(value).__name__ not in QUANTIZED:
-    if not isinstance(value, Guard):
+    if isinstance(value, Residual) and found:
+      found.append(factors(value)._replace(rate=found[-1].rate))
+    elif not isinstance(value, Guard):
       found.append(factors(value))
     value = value.inner
   return found[::-1]

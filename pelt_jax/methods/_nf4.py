@@ -105,6 +105,7 @@ def qlora(
   layout: str | None = None,
   dtype: Any = None,
   merge_aware: bool = False,
+  plus: bool = False,
   group: str | None = "trainable",
 ) -> Transform:
   """`chain(nf4(...), lora(...))`: y = x dequantize(W) + alpha / rank (dropout(x) a) b.
@@ -124,6 +125,7 @@ def qlora(
     layout: as of `nf4`.
     dtype: dtype of a and b; by default the weights'.
     merge_aware: train what a merge into 4 bits will hold, see `pelt.merge_aware`.
+    plus: as of `lora`.
     group: label of a and b; None freezes them.
 
   Returns:
@@ -145,6 +147,15 @@ def qlora(
       double_quant=double_quant,
       layout=layout,
     ),
-    lora(rank, alpha, targets=targets, layers=layers, dropout=dropout, dtype=dtype, group=group),
+    lora(
+      rank,
+      alpha,
+      targets=targets,
+      layers=layers,
+      dropout=dropout,
+      plus=plus,
+      dtype=dtype,
+      group=group,
+    ),
     *((aware(),) if merge_aware else ()),
   )

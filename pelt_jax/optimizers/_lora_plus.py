@@ -18,7 +18,7 @@ _REST, _VECTORS, _FROZEN = "trainable", "vectors", "frozen"
 
 
 def lora_plus(
-  optimizer: Callable[..., optax.GradientTransformation],
+  optimizer: Any,
   learning_rate: float | Callable,
   *,
   ratio: float,
