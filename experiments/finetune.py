@@ -28,6 +28,7 @@ from options import (
   check_arguments,
   parse,
   quantizing,
+  ratio_of,
   run_options,
   scheduled,
   starts_from,
@@ -190,6 +191,8 @@ def main(argv: list[str] | None = None) -> dict:
   )
   tx = optax.inject_hyperparams(optax.adamw)(learning_rate=rate, weight_decay=DECAY)
   rates = {"backbone": RATES["full"][args.task], HEAD: args.head_lr}
+  if ratio := ratio_of(args):
+    rates |= {"lora_b": ratio * args.lr, "lora_embedding": 1e-6}  # LoRA+, as in pelt.lora_plus
   groups = {g: optax.scale(rates[g] / args.lr) for g in set(rates) & set(labels_of(params))}
   if groups:  # trained beside the method, each at its own rate
     groups["trainable"] = optax.identity()

@@ -272,7 +272,12 @@ def build_method(
   if args.method not in known:
     raise ValueError(f"--method {args.method}: unknown; known are {', '.join(known)}")
   factory = getattr(pelt, args.method)
-  options = typed_options(args.method, factory, args.set)
+  settings = [s for s in args.set if ratio_of(args) is None or not s.startswith("ratio=")]
+  options = typed_options(args.method, factory, settings)
+  if options.get("plus"):
+    raise ValueError("--set plus=true: say how much faster b learns instead, --set ratio=16")
+  if settings != args.set:
+    options["plus"] = True
   if init := starts_from(args):
     stand_in = [[0]] if init == "labels" else [0]
     options |= {"init": init, "tokens": stand_in if tokens is None else tokens}
@@ -299,6 +304,17 @@ def build_method(
 def scheduled(args: argparse.Namespace) -> bool:
   """Whether the method has a schedule over the run's steps."""
   return "steps" in inspect.signature(getattr(pelt, args.method)).parameters
+
+
+def ratio_of(args: argparse.Namespace) -> float | None:
+  """LoRA+'s rate of b over that of a, for methods that have these."""
+  found = next((s for s in args.set if s.startswith("ratio=")), None)
+  if found is None or "plus" not in inspect.signature(getattr(pelt, args.method)).parameters:
+    return None
+  ratio = typed(found, found.partition("=")[2], float)
+  if not ratio >= 1:
+    raise ValueError(f"--set {found}: expected a number of at least 1")
+  return ratio
 
 
 def quantizing(args: argparse.Namespace, method: pelt.Transform) -> pelt.Transform | None:

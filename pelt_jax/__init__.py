@@ -43,6 +43,7 @@ from pelt_jax.methods._composition import stack as stack
 from pelt_jax.methods._design import DESIGNS as DESIGNS
 from pelt_jax.methods._design import Design as Design
 from pelt_jax.methods._design import design as design
+from pelt_jax.methods._dora import dora as dora
 from pelt_jax.methods._gradnorm import gradnorm_layers as gradnorm_layers
 from pelt_jax.methods._gradnorm import gradnorm_prune as gradnorm_prune
 from pelt_jax.methods._hira import hira as hira
@@ -50,12 +51,15 @@ from pelt_jax.methods._ia3 import ia3 as ia3
 from pelt_jax.methods._loha import loha as loha
 from pelt_jax.methods._lokr import lokr as lokr
 from pelt_jax.methods._lora import lora as lora
+from pelt_jax.methods._lora_fa import lora_fa as lora_fa
 from pelt_jax.methods._mam import mam as mam
 from pelt_jax.methods._merge_aware import merge_aware as merge_aware
 from pelt_jax.methods._miss import miss as miss
 from pelt_jax.methods._nf4 import nf4 as nf4
 from pelt_jax.methods._nf4 import qlora as qlora
+from pelt_jax.methods._olora import olora as olora
 from pelt_jax.methods._p_tuning import p_tuning as p_tuning
+from pelt_jax.methods._pissa import pissa as pissa
 from pelt_jax.methods._prefix_tuning import p_tuning_v2 as p_tuning_v2
 from pelt_jax.methods._prefix_tuning import prefix_from as prefix_from
 from pelt_jax.methods._prefix_tuning import prefix_of as prefix_of
@@ -79,4 +83,5 @@ from pelt_jax.methods._unipelt_within import unipelt_within as unipelt_within
 from pelt_jax.methods._vera import vera as vera
 from pelt_jax.nodes._bank import bank as bank
 from pelt_jax.nodes._unbank import unbank as unbank
+from pelt_jax.optimizers._lora_plus import lora_plus as lora_plus
 from pelt_jax.optimizers._paged import paged as paged

@@ -128,6 +128,10 @@ class Node(meta.AxisMetadata):
     """A regulariser to add to the loss, its weight included; zero unless a class has one."""
     return jnp.zeros((), jnp.float32)
 
+  def group_of(self, name: str) -> str | None:
+    """The label of an own field: `group`, or that of a static `<name>_group` if there is one."""
+    return self.group and (getattr(self, f"{name}_group", None) or self.group)
+
   def replace(self, **changes: Any) -> Self:
     """A copy with some fields changed."""
     return dataclasses.replace(self, **changes)

@@ -219,7 +219,7 @@ def _build(node: dict, path: str, arrays: dict, below: Any) -> Node:
   built = cls(**fields, **{n: _static(v) for n, v in node["static"].items()})
   if any(e == "derived" for e in node["fields"].values()):
     try:
-      built = built.rebuild(strip(below))
+      built = built.rebuild(below)
     except ValueError as error:
       raise ValueError(f"the adapter was saved for another base: {path!r}: {error}") from error
   return built

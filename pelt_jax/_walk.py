@@ -48,6 +48,11 @@ def map_nodes(fn: Callable[[Any], Any], tree: Any) -> Any:
   return tuple(map_nodes(fn, v) for v in tree) if type(tree) is tuple else tree
 
 
+def one_layer(node: Any) -> Any:
+  """A node whose arrays lost their leading axis."""
+  return map_nodes(lambda n: n.replace(stacked=n.stacked - 1), node)
+
+
 def update_at(params: Any, changes: Mapping[str, Any]) -> dict:
   """A copy of nested dicts with the values at some paths set; missing dicts are made."""
   new = dict(params)
@@ -77,7 +82,9 @@ def map_arrays(fn: Callable[[str, str | None, Any, str], Any], tree: Any, *, is_
 
   def visit(value: Any, kind: str, group: str | None, path: str) -> Any:
     if isinstance(value, Node):
-      new = {n: visit(v, value.kinds[n], value.group, f"{path}/{n}") for n, v in value.children()}
+      new = {
+        n: visit(v, value.kinds[n], value.group_of(n), f"{path}/{n}") for n, v in value.children()
+      }
       return value.replace(**new)
     if isinstance(value, Mapping):
       return {k: visit(v, kind, group, f"{path}/{k}" if path else str(k)) for k, v in value.items()}

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pelt_jax._node import Weight, strip
-from pelt_jax.nodes import Dropout, FusedLora, Guard, LoraWeight
-from pelt_jax.nodes._pairs import letters, pair_of
+from pelt_jax.nodes import DoraWeight, Dropout, FusedLora, Guard, LoraWeight, Residual, SvdWeight
+from pelt_jax.nodes._axes import letters
+from pelt_jax.nodes._pairs import pair_of
 
 # Weights under a LoRA that stand for the base itself, only stored in another way.
 QUANTIZED = ("NF4Weight",)
@@ -71,29 +72,54 @@ def factors(node: Any) -> Factors:
 
 @factors.register(LoraWeight)
 @factors.register(FusedLora)
-def _(node: LoraWeight | FusedLora) -> Factors:
+@factors.register(SvdWeight)
+def _(node: LoraWeight | FusedLora | SvdWeight) -> Factors:
+  return _pair(node, _rate(node.dropout))
+
+
+@factors.register
+def _(node: Residual) -> Factors:
+  """What it lacks of the weight, with its sign."""
+  return _pair(node, None)
+
+
+def _pair(node: Any, rate: np.ndarray | None) -> Factors:
   pair = pair_of(node)
   batch, _, outputs = letters(pair.axes)
   if len(batch) > 1:
     raise ValueError(f"it has {len(batch)} batch axes ({pair.axes!r}), PEFT knows one (experts)")
   first = pair.axes.partition(":")[0].replace(batch, "")[0]
-  a, b = np.asarray(pair.a), np.asarray(pair.b)
-  return Factors(a, b, *_numbers(node), bool(batch), first in outputs)
+  a, b, scaling = (np.asarray(x) for x in (pair.a, pair.b, pair.scaling))
+  return Factors(a, b, scaling, rate, bool(batch), first in outputs)
 
 
-def _numbers(node: LoraWeight | FusedLora) -> tuple[np.ndarray, np.ndarray | None]:
-  if node.dropout is None:
-    return np.asarray(node.array("scaling")), None
-  if not isinstance(node.dropout, Dropout):
-    raise ValueError(f"its dropout is a {type(node.dropout).__name__}, PEFT has a rate only")
-  return np.asarray(node.array("scaling")), np.asarray(node.dropout.array("rate"))
+def _rate(dropout: Any) -> np.ndarray | None:
+  if dropout is None:
+    return None
+  if not isinstance(dropout, Dropout):
+    raise ValueError(f"its dropout is a {type(dropout).__name__}, PEFT has a rate only")
+  return np.asarray(dropout.array("rate"))
+
+
+def magnitude(value: DoraWeight, layer: int | None) -> np.ndarray:
+  """The magnitudes of one layer, (out,)."""
+  whole = np.asarray(value.array("magnitude"))
+  return (whole if layer is None else whole[layer]).reshape(-1)
 
 
 def all_factors(value: Any) -> list[Factors]:
-  """The changes of all low-rank nodes on one leaf, innermost first; empty for a plain leaf."""
+  """The changes of all low-rank nodes on one leaf, innermost first; empty for a plain leaf.
+
+  Those below magnitudes have their dropout. What a residual lacks is a change from the weight
+  that files are for, with the dropout of the LoRA above it, as PEFT converts one.
+  """
+  if isinstance(value, DoraWeight):
+    return [f._replace(rate=_rate(value.dropout)) for f in all_factors(value.base)]
   found = []
   while isinstance(value, Weight) and type(value).__name__ not in QUANTIZED:
-    if not isinstance(value, Guard):
+    if isinstance(value, Residual) and found:
+      found.append(factors(value)._replace(rate=found[-1].rate))
+    elif not isinstance(value, Guard):
       found.append(factors(value))
     value = value.inner
   return found[::-1]

@@ -14,7 +14,7 @@ from pelt_jax.interop._hub_names import NO_T5_PREFIX, family, layers_of
 from pelt_jax.interop._hub_write import Notes, at_layer
 from pelt_jax.interop._peft_lora_export import _shortest
 from pelt_jax.models import torch_name
-from pelt_jax.nodes import Dropout, FusedLora, LoraWeight, Prefix, PrefixMLP
+from pelt_jax.nodes import Dropout, FusedLora, LoraWeight, Prefix, PrefixMLP, Residual
 
 
 class Prefixes:
@@ -118,6 +118,8 @@ class Loras:
     """Notes the LoRA on a leaf."""
     if isinstance(node.inner, LoraWeight | FusedLora):
       return self.notes.problem(path, "two LoRAs on one leaf")
+    if isinstance(node.inner, Residual):
+      return self.notes.problem(path, "a LoRA over a weight that lacks its start (pissa, olora)")
     fused = isinstance(node, FusedLora)
     targets = self._fused(path, node) if fused else self._plain(path, node)
     if not targets:

@@ -17,7 +17,7 @@ from pelt_jax.interop._peft_lora_export import ORDER, lora_files
 from pelt_jax.interop._peft_lora_load import load_lora
 from pelt_jax.interop._peft_prompt_export import prefix_files, prompt_files
 from pelt_jax.interop._peft_prompt_load import PROMPTS, load_prompt
-from pelt_jax.nodes import ExtendedEmbedding, FusedLora, LoraWeight, Prefix
+from pelt_jax.nodes import ExtendedEmbedding, FusedLora, LoraFaWeight, LoraWeight, Prefix
 
 
 def export(
@@ -40,6 +40,8 @@ def export(
   - Two LoRAs on one leaf become one of the sum of their ranks.
   - LoRAs on parts of a fused projection become one of rank g * r, in block form. PEFT trains
     the zeros too.
+  - DoRA's magnitudes go beside its pairs (`use_dora`), in all modules or none.
+  - PiSSA and OLoRA become LoRAs of twice the rank, [a_0; a] and [-b_0; b], over the base as it was.
   - `Tuned` modules become `modules_to_save`; so does the head of a classifier, trained or not,
     since its base may lack it. `Tuned` biases elsewhere become `bias="lora_only"` or `"all"`.
   - Adapted or trained tables with tied heads are marked `ensure_weight_tying`.
@@ -198,6 +200,7 @@ _METHODS: dict[type, str] = {
   ExtendedEmbedding: "a prompt",
   Prefix: "a prefix",
   LoraWeight: "LoRA",
+  LoraFaWeight: "LoRA",
   FusedLora: "LoRA",
 }
 

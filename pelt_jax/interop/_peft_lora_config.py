@@ -10,7 +10,6 @@ from pelt_jax.interop._places import LINEAR, Place
 
 # Options that change the function. None of them is ignored: a file that sets one is refused.
 _REFUSED = {
-  "use_dora": "DoRA rescales the columns of the merged weight",
   "use_qalora": "QA-LoRA pools the input of A",
   "use_bdlora": "block-diagonal LoRA has factors of another form",
   "lora_bias": "it adds a bias to B",
@@ -23,13 +22,16 @@ _REFUSED = {
   "trainable_token_indices": "it trains rows of the embedding table",
   "megatron_config": "it shards layers Megatron's way",
 }
-# Initialisations that leave the base as it is; any other string changes it when PEFT loads.
+# Initialisations that leave the base as it is; any other string changes it when PEFT loads, which
+# can be done again for those that are computed from the base alone.
 _PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal")
+_STARTS = ("pissa", "olora")
 _KNOWN = COMMON | {
   "r",
   "lora_alpha",
   "lora_dropout",
   "use_rslora",
+  "use_dora",
   "target_modules",
   "exclude_modules",
   "target_parameters",
@@ -67,7 +69,11 @@ class Config:
   def __init__(self, raw: dict[str, Any], file: pathlib.Path, strict: bool):
     problems = [f"{k}={raw[k]!r}: {why}" for k, why in _REFUSED.items() if raw.get(k)]
     init = str(raw.get("init_lora_weights", True)).lower()
-    if init not in _PLAIN_INITS:
+    if raw.get("use_dora") and raw.get("target_parameters"):
+      problems.append("use_dora=True with target_parameters, which PEFT does not know")
+    if init in _STARTS and raw.get("target_parameters"):
+      problems.append(f"init_lora_weights={init!r} with target_parameters")
+    if init not in (*_PLAIN_INITS, *_STARTS):
       problems.append(
         f"init_lora_weights={init!r}: it changes the base; save it with PEFT's "
         "path_initial_model_for_weight_conversion, which writes a plain LoRA"
@@ -79,6 +85,8 @@ class Config:
     unknown = sorted(set(raw) - _KNOWN - set(_REFUSED))
     complain(unknown, f"{file} has unknown fields that may change the function", strict)
     self.raw = raw
+    self.start = init if init in _STARTS else None
+    self.dora = bool(raw.get("use_dora"))
     self.bias: str = raw.get("bias", "none")
     self.dropout = float(raw.get("lora_dropout") or 0.0)
     self.tied = bool(raw.get("ensure_weight_tying"))

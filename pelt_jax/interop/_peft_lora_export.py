@@ -9,7 +9,7 @@ import numpy as np
 
 from pelt_jax._node import Node, Weight
 from pelt_jax._walk import walk
-from pelt_jax.interop._factors import Factors, all_factors, combined
+from pelt_jax.interop._factors import Factors, all_factors, combined, magnitude
 from pelt_jax.interop._peft_saved import (
   heads,
   inside,
@@ -28,7 +28,7 @@ from pelt_jax.interop._places import (
   places,
   task_type,
 )
-from pelt_jax.nodes import Tuned
+from pelt_jax.nodes import DoraWeight, Tuned
 
 PREFIX = "base_model.model."
 ORDER = ("gate_up_proj", "down_proj")
@@ -50,6 +50,7 @@ class _Plan:
     self.places = places(model, params)
     self.problems: list[str] = []
     self.loras: dict[Place, Factors] = {}
+    self.magnitudes: dict[Place, np.ndarray] = {}
     self.tuned: set[Place] = set()
     self.leaves: dict[str, Any] = {}
     self._collect()
@@ -61,6 +62,7 @@ class _Plan:
     for place in tables:
       if is_copied(model, place):
         self.problems.append(f"{place.path}: torch holds this table under several names")
+    self._check_magnitudes()
     self.dropout = self._dropout()
     self.nesting = self._nesting(order)
     if not self.loras and not self.problems:
@@ -102,8 +104,21 @@ class _Plan:
         raise ValueError("a kernel with a batch axis has no counterpart among torch's modules")
       if one.rate is not None and place.leaf not in (LINEAR, TABLE) and float(one.rate):
         raise ValueError("PEFT allows no dropout on target_parameters")
+      if isinstance(value, DoraWeight):
+        if place.leaf not in (LINEAR, TABLE):
+          raise ValueError("PEFT allows no DoRA on target_parameters")
+        if not one.rank:
+          raise ValueError("its LoRA is zero on both sides, and PEFT keeps no magnitude alone")
+        self.magnitudes[place] = magnitude(value, place.layer)
       if one.rank:  # all zero: a layer of a scan that is not adapted
         self.loras[place] = one
+
+  def _check_magnitudes(self) -> None:
+    if self.magnitudes and (plain := [p.path for p in self.loras if p not in self.magnitudes]):
+      self.problems.append(f"{plain[0]}: a LoRA beside DoRA, and PEFT has one use_dora for all")
+    for place in self.magnitudes:
+      if self.tied and is_tokens(self.model, place):
+        self.problems.append(f"{place.path}: to PEFT a tied head has magnitudes of its own")
 
   def _head(self) -> tuple[str, ...]:
     """The head's module if PEFT saves it by itself, nothing if a LoRA lives there."""
@@ -171,6 +186,8 @@ class _Plan:
           out[f"{PREFIX}lm_head.lora_B.weight"] = a.T
       else:
         out[f"{at}lora_A.weight"], out[f"{at}lora_B.weight"] = a, b
+      if place in self.magnitudes:
+        out[f"{at}lora_magnitude_vector"] = self.magnitudes[place]
     adapted = {p.module for p in self.loras}
     for place in self.places.values():
       if self._is_saved(place):
@@ -222,7 +239,7 @@ class _Plan:
       "modules_to_save": sorted(saved) or None,
       "init_lora_weights": True,
       "use_rslora": False,
-      "use_dora": False,
+      "use_dora": bool(self.magnitudes),
       # GPT-2's Conv1D; PEFT sets it right again where a Linear is adapted beside one.
       "fan_in_fan_out": any(p.leaf == LINEAR and not p.transposed for p in modules.values()),
       **({"ensure_weight_tying": True} if ensure else {}),

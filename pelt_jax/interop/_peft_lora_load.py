@@ -4,35 +4,27 @@ import collections
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from pelt_jax._transform import box_names, like_box
+from pelt_jax._node import Weight
 from pelt_jax._walk import get_at, update_at
 from pelt_jax.interop._peft_files import CONFIG, Tensors, complain
 from pelt_jax.interop._peft_lora_config import Config
 from pelt_jax.interop._peft_lora_export import PREFIX
+from pelt_jax.interop._peft_lora_nodes import Pair, lora_node
 from pelt_jax.interop._peft_saved import absent, read_leaf, saver, tuned_leaves
 from pelt_jax.interop._places import LINEAR, TABLE, Place, is_copied, is_tied, is_tokens, places
-from pelt_jax.nodes import Dropout, LoraWeight
 
 _FACTOR = re.compile(r"(.+?)((?:\.base_layer)*)\.lora_(embedding_)?([AB])(?:\.weight)?")
+MAGNITUDE = "lora_magnitude_vector"
+_MAGNITUDE = re.compile(rf"(.+)\.{MAGNITUDE}(?:\.weight)?")
 # Copies PEFT writes beside what counts: the frozen table of an adapted one, the biases of a saved
 # module as they were.
 _COPIES = re.compile(r".+\.(base_layer\.weight|original_module\..+|modules_to_save\..+)")
 
 _TIED_HEAD = Place("lm_head/kernel", None, "lm_head", "weight", ())
-
-
-class _Pair(NamedTuple):
-  """One LoRA in our orientation: a ([experts], in, r), b ([experts], r, out)."""
-
-  a: np.ndarray
-  b: np.ndarray
-  scaling: float
-  axes: str
 
 
 def load_lora(
@@ -76,7 +68,7 @@ class _Reader:
     self.missing: list[str] = []
     self.unexpected: list[str] = []
     self.adapted: list[str] = []  # what patterns of ranks and alphas are held against
-    self.pairs: dict[Place, _Pair] = {}
+    self.pairs: dict[Place, Pair] = {}
     self.whole: dict[Place, np.ndarray] = {}
 
   def read(self) -> None:
@@ -89,6 +81,8 @@ class _Reader:
       elif found := _FACTOR.fullmatch(name):
         module, depth, _, side = found.groups()
         factors[module].setdefault(depth.count("."), {})[side] = key
+      elif self.config.dora and (found := _MAGNITUDE.fullmatch(name)):
+        factors[found[1]].setdefault(0, {})[MAGNITUDE] = key
       elif not _COPIES.fullmatch(name):
         plain[name.replace(".base_layer.", ".")] = key
     self._read_modules(factors)
@@ -117,9 +111,9 @@ class _Reader:
         self._check_pair_of_head(place, keys, factors.pop("lm_head", {}).get(0, {}))
       pair = self._pair(place, keys, place.shape)
       if pair is not None:
-        self.pairs[place] = _Pair(
-          pair[0].T, pair[1].T, self.config.scaling(place.module), "io:ir,ro"
-        )
+        found = self._magnitude(place, keys)
+        scaling = self.config.scaling(place.module)
+        self.pairs[place] = Pair(pair[0].T, pair[1].T, scaling, "io:ir,ro", found)
     if targets and not hits:
       raise ValueError(f"target_modules={targets!r} names no module of {type(self.model).__name__}")
 
@@ -159,6 +153,19 @@ class _Reader:
     expected = {"A": (rank, shape[0]), "B": (shape[1], rank)}
     return tuple(self.tensors.read(keys[s], expected[s]) for s in "AB")
 
+  def _magnitude(self, place: Place, keys: dict[str, str]) -> np.ndarray | None:
+    if not self.config.dora:
+      return None
+    if self.is_tied and is_tokens(self.model, place):
+      raise ValueError(
+        f"{self.tensors.file}: {place.module} and the head have magnitudes of their own; in this "
+        "model both are one table"
+      )
+    if MAGNITUDE not in keys:
+      self.missing.append(f"{PREFIX}{place.module}.{MAGNITUDE}")
+      return None
+    return self.tensors.read(keys[MAGNITUDE], place.shape[-1:])
+
   def _read_parameters(self, factors: dict) -> None:
     beside = collections.defaultdict(list)
     for place in self.places.values():
@@ -188,13 +195,13 @@ class _Reader:
     a, b = pair
     scaling = self.config.scaling(place.tensor)
     if len(place.shape) == 2:
-      self.pairs[place] = _Pair(a.T, b.T, scaling, "oi:ir,ro")
+      self.pairs[place] = Pair(a.T, b.T, scaling, "oi:ir,ro")
       return
     rank = a.shape[0] // experts
     a = np.swapaxes(a.reshape(experts, rank, -1), 1, 2)
     b = b.reshape(-1, rank, experts).transpose(2, 1, 0)
     axes = "eio:eir,ero" if in_first else "eoi:eir,ero"
-    self.pairs[place] = _Pair(a, b, scaling, axes)
+    self.pairs[place] = Pair(a, b, scaling, axes)
 
   def _in_first(self, place: Place, keys: dict[str, str], one: int, two: int) -> bool:
     said = [v for k, v in self.transposed.items() if f".{place.tensor}".endswith(f".{k}")]
@@ -233,46 +240,17 @@ class _Reader:
       self.whole[place] = read_leaf(self.tensors, key, place)
     self.missing += absent(self.config.modules_to_save, used)
 
-  def loras(self) -> dict[str, LoraWeight]:
-    """The LoRA nodes, by path."""
-    by_path: dict[str, dict[int | None, _Pair]] = collections.defaultdict(dict)
+  def loras(self) -> dict[str, Weight]:
+    """The nodes, by path."""
+    by_path: dict[str, dict[int | None, Pair]] = collections.defaultdict(dict)
     for place, pair in self.pairs.items():
       by_path[place.path][place.layer] = pair
     return {path: self._node(path, pairs) for path, pairs in by_path.items()}
 
-  def _node(self, path: str, pairs: dict[int | None, _Pair]) -> LoraWeight:
-    leaf = get_at(self.base, path)
-    axes = next(iter(pairs.values())).axes
-    if None in pairs:
-      a, b, scaling = pairs[None].a, pairs[None].b, pairs[None].scaling
-      layer = None
-    else:
-      a, b, scaling = _stacked(pairs, leaf.shape[0])
-      layer = jnp.arange(leaf.shape[0], dtype=jnp.float32)
-    wide = np.promote_types(a.dtype, jnp.float32)
-    rate = self.config.dropout if path.endswith(f"/{LINEAR}") else 0.0
-    lead = () if layer is None else (leaf.shape[0],)
-    dropout = Dropout(jnp.full(lead, rate, wide), layer, stacked=len(lead)) if rate else None
-    names = dict(zip(axes.partition(":")[0], box_names(leaf, leaf.ndim)[len(lead) :], strict=True))
-    factor_axes = axes.partition(":")[2].split(",")
-    boxed_a, boxed_b = (
-      like_box(leaf, jnp.asarray(x), (*[None] * len(lead), *map(names.get, letters)))
-      for x, letters in zip((a, b), factor_axes, strict=True)
-    )
-    return LoraWeight(
-      leaf, boxed_a, boxed_b, jnp.asarray(scaling, wide), dropout, axes=axes, stacked=len(lead)
-    )
-
-
-def _stacked(pairs: dict, length: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
-  """One array for all layers, zeros where a layer has a lower rank or no pair at all."""
-  some = next(iter(pairs.values()))
-  rank = max(p.a.shape[-1] for p in pairs.values())
-  a = np.zeros((length, *some.a.shape[:-1], rank), some.a.dtype)
-  b = np.zeros((length, *some.b.shape[:-2], rank, some.b.shape[-1]), some.b.dtype)
-  scaling = [1.0] * length
-  for i, pair in pairs.items():
-    a[i, ..., : pair.a.shape[-1]] = pair.a
-    b[i, ..., : pair.b.shape[-2], :] = pair.b
-    scaling[i] = pair.scaling
-  return a, b, scaling
+  def _node(self, path: str, pairs: dict[int | None, Pair]) -> Weight:
+    linear = path.endswith(f"/{LINEAR}")  # PEFT knows neither dropout nor starts of tables
+    rate, start = (self.config.dropout, self.config.start) if linear else (0.0, None)
+    try:
+      return lora_node(get_at(self.base, path), pairs, rate, start)
+    except ValueError as error:
+      raise ValueError(f"{self.tensors.file}: {path}: {error}") from error

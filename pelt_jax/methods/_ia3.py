@@ -13,7 +13,7 @@ from pelt_jax._walk import update_at
 from pelt_jax.methods._lora import _numbers
 from pelt_jax.methods._matrices import Matrix, put, whole_matrices
 from pelt_jax.nodes import ScaledWeight, SharedScales
-from pelt_jax.nodes._matrix import split
+from pelt_jax.nodes._lora import subscripts
 
 
 def ia3(
@@ -72,7 +72,7 @@ def ia3(
 
     def scaled(matrix: Matrix, leaf: Any, _: jax.Array) -> ScaledWeight:
       site = matrix.site
-      kernel, *sides = split(matrix.axes)
+      kernel, *sides = subscripts(matrix.axes)
       letters = sides[site.path in outputs]
       size = dict(zip(kernel, site.shape, strict=True))
       lead, names = matrix.names(leaf)
@@ -104,7 +104,7 @@ def _bias(sites: tuple[Site, ...], matrix: Matrix) -> Site | None:
   """The bias beside a kernel."""
   path = f"{matrix.site.parent}/bias".lstrip("/")
   bias = next((s for s in sites if s.kind == "leaf" and s.path == path), None)
-  kernel, _, outputs = split(matrix.axes)
+  kernel, _, outputs = subscripts(matrix.axes)
   size = dict(zip(kernel, matrix.site.shape, strict=True))
   if bias is not None and bias.shape != tuple(size[c] for c in outputs):
     raise ValueError(

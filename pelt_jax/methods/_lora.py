@@ -1,7 +1,7 @@
 """LoRA: low-rank adaptation (arXiv:2106.09685, equation 3; rsLoRA: arXiv:2312.03732)."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from pelt_jax.nodes import Dropout, FusedLora, LoraWeight, Tuned
 from pelt_jax.nodes._lora import lora_axes, matrix_sizes
 
 INITS = ("kaiming", "gaussian")
+B_GROUP, EMBEDDING_GROUP = "lora_b", "lora_embedding"  # of LoRA+
 
 
 def lora(
@@ -39,6 +40,7 @@ def lora(
   rank_pattern: Mapping[str, int] | None = None,
   alpha_pattern: Mapping[str, float] | None = None,
   fused: tuple[tuple[int, ...], int] | None = None,
+  plus: bool = False,
   dtype: Any = None,
   group: str | None = "trainable",
 ) -> Transform:
@@ -63,6 +65,8 @@ def lora(
     alpha_pattern: likewise for alpha.
     fused: `(chosen, parts)` for fused projections: a LoRA of its own on the chosen ones of `parts`
       equal parts of the output, such as `((0, 2), 3)` for query and value in GPT-2's c_attn.
+    plus: label b `"lora_b"`, and both factors of a table `"lora_embedding"`, so that they learn at
+      rates of their own (LoRA+): see `pelt.lora_plus`.
     dtype: dtype of a and b; by default the leaf's, float32 over a quantized one.
     group: label of a and b; None freezes them.
 
@@ -112,8 +116,14 @@ def lora(
         "leave it out of targets, or set dropout=0"
       )
     scaling = a / (math.sqrt(r) if rslora else r)
-    common = (site, leaf, key, r, scaling, dropout, init, dtype, group)
-    return _lora(*common) if fused is None else _fused(*common, fused)
+    b_group = B_GROUP if plus else None
+    if plus and group is not None and "lookup" in site.equations:
+      of_pair, b_group = EMBEDDING_GROUP, None
+    else:
+      of_pair = group
+    common = (site, leaf, key, r, scaling, dropout, init, dtype)
+    made = _lora(*common) if fused is None else _fused(*common, fused)
+    return made.replace(group=of_pair, b_group=b_group)
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
     changes = {}
@@ -124,6 +134,30 @@ def lora(
         raise ValueError(f"lora: {site.path!r} trains already; two methods cannot train one leaf")
       folded = site_key(key, site.path, leaf)
       changes[site.path] = over(leaf, lambda x, s=site, k=folded: of(s, x, k))
+    return update_at(params, changes)
+
+  return Transform(initialize)
+
+
+def on_lora(
+  wrap: Callable[[Site, LoraWeight, jax.Array], Weight],
+  rank: int,
+  alpha: float | None,
+  *,
+  targets: Targets,
+  layers: Iterable[int] | None,
+  **options: Any,
+) -> Transform:
+  """`lora` whose nodes are each replaced by `wrap(site, node, key)`; checks are LoRA's."""
+  layers = layers if layers is None or isinstance(layers, int) else tuple(layers)
+  below = lora(rank, alpha, targets=targets, layers=layers, **options)
+
+  def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
+    params, changes = below.init(key, params, sites), {}
+    for target in matrices(find(sites, targets, kind="leaf", layers=layers), targets, "lora"):
+      site = target.site
+      made = lambda node, s=site: wrap(s, node, site_key(key, s.path))
+      changes[site.path] = over(require(params, site), made)
     return update_at(params, changes)
 
   return Transform(initialize)
@@ -195,7 +229,7 @@ def _axes(site: Site) -> str:
   return lora_axes(next(iter(site.equations), None), len(site.shape))
 
 
-def _lora(site, leaf, key, rank, scaling, dropout, init, dtype, group) -> LoraWeight:
+def _lora(site, leaf, key, rank, scaling, dropout, init, dtype) -> LoraWeight:
   axes, table = _axes(site), "lookup" in site.equations
   kernel, _, factors = axes.partition(":")
   a_axes, _, b_axes = factors.partition(",")
@@ -210,7 +244,7 @@ def _lora(site, leaf, key, rank, scaling, dropout, init, dtype, group) -> LoraWe
     a, b = _drawn(key, a_shape, fan_in, rank, init, dtype), jnp.zeros(b_shape, dtype)
   scaling = jnp.full(site.stacked, scaling, wide)
   drop = None if table else _dropout(site, dropout, wide)
-  return pair_over(leaf, a, b, scaling, axes=axes, dropout=drop, group=group)
+  return pair_over(leaf, a, b, scaling, axes=axes, dropout=drop)
 
 
 def pair_over(
@@ -221,7 +255,7 @@ def pair_over(
   *,
   axes: str,
   dropout: Dropout | None = None,
-  group: str | None,
+  group: str | None = None,
 ) -> LoraWeight:
   """A pair over a leaf, in boxes like the leaf's; the scaling has the stacked axes."""
   stacked = scaling.ndim
@@ -241,7 +275,7 @@ def pair_over(
   )
 
 
-def _fused(site, leaf, key, rank, scaling, dropout, init, dtype, group, fused) -> FusedLora:
+def _fused(site, leaf, key, rank, scaling, dropout, init, dtype, fused) -> FusedLora:
   chosen, parts = tuple(fused[0]), fused[1]
   eq = next((e for e in site.equations if e != "lookup"), "...i,io->...o")
   if eq not in ("...i,io->...o", "...i,oi->...o") or len(site.shape) != 2:
@@ -265,6 +299,5 @@ def _fused(site, leaf, key, rank, scaling, dropout, init, dtype, group, fused) -
     chosen=chosen,
     parts=parts,
     fused=axis,
-    group=group,
     stacked=len(site.stacked),
   )

@@ -12,7 +12,8 @@ from pelt_jax._leaf import materialize, widened
 from pelt_jax._node import Weight, strip
 from pelt_jax.methods._lora import pair_over
 from pelt_jax.nodes import LoraWeight
-from pelt_jax.nodes._pairs import Pair, from_matrices, to_matrices
+from pelt_jax.nodes._axes import from_pair, to_matrices
+from pelt_jax.nodes._pairs import Pair
 
 
 class Svd(NamedTuple):
@@ -132,6 +133,6 @@ def lora_over(
   """A LoRA of scaling 1 over a leaf, from matrices, in their dtype unless another is said."""
   shape = tuple(leaf.shape if isinstance(leaf, Weight) else jnp.shape(strip(leaf)))
   kept = a.dtype if dtype is None else dtype
-  a, b = (jnp.asarray(x, kept) for x in from_matrices(a, b, axes, shape))
+  a, b = (jnp.asarray(x, kept) for x in from_pair(a, b, axes, shape))
   scaling = jnp.ones(shape[:stacked], np.promote_types(kept, np.float32))
   return pair_over(leaf, a, b, scaling, axes=axes, group=group)

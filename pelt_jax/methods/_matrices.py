@@ -13,8 +13,7 @@ from pelt_jax._transform import box_names, like_box, over, require, site_key
 from pelt_jax._walk import update_at
 from pelt_jax.methods._lora import matrices
 from pelt_jax.nodes import Tuned
-from pelt_jax.nodes._lora import _subscripts, lora_axes, matrix_sizes
-from pelt_jax.nodes._matrix import split
+from pelt_jax.nodes._lora import lora_axes, matrix_sizes, subscripts
 
 
 class Matrix(NamedTuple):
@@ -45,14 +44,14 @@ class Matrix(NamedTuple):
       value: stacked axes first.
       axes: a letter for each other axis: "i" inputs, "o" outputs, any other is the array's own.
     """
-    _, inputs, outputs = split(self.axes)
+    _, inputs, outputs = subscripts(self.axes)
     lead, names = self.names(leaf)
     of = {"i": names.get(inputs), "o": names.get(outputs)}  # several axes as one have no name
     return like_box(leaf, value, (*lead, *map(of.get, axes)))
 
   def names(self, leaf: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The names in the kernel's box: of stacked axes, and of the others by letter."""
-    lead, kernel = len(self.site.stacked), split(self.axes)[0]
+    lead, kernel = len(self.site.stacked), subscripts(self.axes)[0]
     names = box_names(leaf, lead + len(kernel))
     return names[:lead], dict(zip(kernel, names[lead:], strict=True))
 
@@ -98,7 +97,7 @@ def _matrix(method: str, target: Target, tables: bool) -> Matrix:
   if "lookup" in site.equations:
     axes = "io:i,o"
   else:
-    kernel, a, b = _subscripts(lora_axes(site.equations[0], len(site.shape)))
+    kernel, a, b = subscripts(lora_axes(site.equations[0], len(site.shape)))
     inputs, outputs = ("".join(c for c in kernel if c in s) for s in (a, b))
     if set(inputs) & set(outputs) or not inputs or not outputs:
       raise ValueError(

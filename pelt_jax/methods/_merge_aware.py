@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from pelt_jax._node import Weight
 from pelt_jax._site import Site
 from pelt_jax._transform import Transform, over, require
 from pelt_jax._walk import every_node, update_at
@@ -63,11 +64,17 @@ def merge_aware() -> Transform:
 def _aware(site: Site, leaf: Any) -> Any:
   if not over_codes(leaf) or isinstance(leaf, NF4Weight):
     return leaf
-  if why := leaf.unmergeable():
-    raise ValueError(f"merge_aware: {site.path!r} cannot be merged: {why}")
+  check_mergeable("merge_aware", site.path, leaf)
+  return MergeAware(leaf, stacked=len(site.stacked))
+
+
+def check_mergeable(method: str, path: str, leaf: Any) -> None:
+  """Raises ValueError if a leaf's nodes are no plain array in training."""
+  weights = (node for node in every_node(leaf) if isinstance(node, Weight))
+  if why := next((why for node in weights if (why := node.unmergeable())), None):
+    raise ValueError(f"{method}: {path!r} cannot be merged: {why}")
   if any(isinstance(node, Dropout) for node in every_node(leaf)):
     raise ValueError(
-      f"merge_aware: {site.path!r} has dropout on the input of its change, which no merged weight "
-      "can have; set dropout=0"
+      f"{method}: {path!r} has dropout on the input of its change, which no merged weight can "
+      "have; set dropout=0"
     )
-  return MergeAware(leaf, stacked=len(site.stacked))

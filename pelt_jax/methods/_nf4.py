@@ -11,7 +11,7 @@ from pelt_jax._transform import Transform, chain, over, require
 from pelt_jax._walk import update_at
 from pelt_jax.methods._lora import lora, matrices
 from pelt_jax.methods._merge_aware import merge_aware as aware
-from pelt_jax.nodes._lora import _subscripts, lora_axes
+from pelt_jax.nodes._lora import lora_axes, subscripts
 from pelt_jax.quantization import quantize
 from pelt_jax.quantization._weight import check_options
 
@@ -87,7 +87,7 @@ def _outputs(site: Site) -> tuple[int, ...]:
   """The axes of a kernel that a torch weight has first: batches of matrices, then outputs."""
   if "lookup" in site.equations:
     return (0,)
-  kernel, a, b = _subscripts(lora_axes(next(iter(site.equations), None), len(site.shape)))
+  kernel, a, b = subscripts(lora_axes(next(iter(site.equations), None), len(site.shape)))
   batch = (i for i, c in enumerate(kernel) if c in a and c in b)
   return (*batch, *(i for i, c in enumerate(kernel) if c not in a))
 
@@ -105,6 +105,7 @@ def qlora(
   layout: str | None = None,
   dtype: Any = None,
   merge_aware: bool = False,
+  plus: bool = False,
   group: str | None = "trainable",
 ) -> Transform:
   """`chain(nf4(...), lora(...))`: y = x dequantize(W) + alpha / rank (dropout(x) a) b.
@@ -124,6 +125,7 @@ def qlora(
     layout: as of `nf4`.
     dtype: dtype of a and b; by default the weights'.
     merge_aware: train what a merge into 4 bits will hold, see `pelt.merge_aware`.
+    plus: as of `lora`.
     group: label of a and b; None freezes them.
 
   Returns:
@@ -145,6 +147,15 @@ def qlora(
       double_quant=double_quant,
       layout=layout,
     ),
-    lora(rank, alpha, targets=targets, layers=layers, dropout=dropout, dtype=dtype, group=group),
+    lora(
+      rank,
+      alpha,
+      targets=targets,
+      layers=layers,
+      dropout=dropout,
+      plus=plus,
+      dtype=dtype,
+      group=group,
+    ),
     *((aware(),) if merge_aware else ()),
   )

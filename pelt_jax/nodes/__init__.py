@@ -9,6 +9,7 @@ from pelt_jax.nodes._branches import MeanGate as MeanGate
 from pelt_jax.nodes._branches import Normalized as Normalized
 from pelt_jax.nodes._composed import Series as Series
 from pelt_jax.nodes._composed import WeightedSum as WeightedSum
+from pelt_jax.nodes._dora import DoraWeight as DoraWeight
 from pelt_jax.nodes._drop import DropBelow as DropBelow
 from pelt_jax.nodes._fusion import Fusion as Fusion
 from pelt_jax.nodes._generators import PrefixMLP as PrefixMLP
@@ -17,6 +18,7 @@ from pelt_jax.nodes._hadamard import LohaWeight as LohaWeight
 from pelt_jax.nodes._kronecker import LokrWeight as LokrWeight
 from pelt_jax.nodes._lora import Dropout as Dropout
 from pelt_jax.nodes._lora import FusedLora as FusedLora
+from pelt_jax.nodes._lora import LoraFaWeight as LoraFaWeight
 from pelt_jax.nodes._lora import LoraWeight as LoraWeight
 from pelt_jax.nodes._placements import After as After
 from pelt_jax.nodes._placements import AroundNorm as AroundNorm
@@ -28,6 +30,7 @@ from pelt_jax.nodes._prompt import ExtendedEmbedding as ExtendedEmbedding
 from pelt_jax.nodes._prompt_encoder import Affine as Affine
 from pelt_jax.nodes._prompt_encoder import LstmCell as LstmCell
 from pelt_jax.nodes._prompt_encoder import PromptEncoder as PromptEncoder
+from pelt_jax.nodes._residual import Residual as Residual
 from pelt_jax.nodes._scaled import ScaledWeight as ScaledWeight
 from pelt_jax.nodes._scaled import SharedScales as SharedScales
 from pelt_jax.nodes._shards import BatWeight as BatWeight

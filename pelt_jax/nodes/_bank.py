@@ -27,6 +27,7 @@ from pelt_jax._tree import HOLE, combine, fold
 from pelt_jax._walk import every_node, map_arrays, update_at, walk
 from pelt_jax.nodes._composed import Composed
 from pelt_jax.nodes._prompt import ExtendedEmbedding
+from pelt_jax.nodes._residual import Residual
 from pelt_jax.nodes._tuned import Guard
 
 
@@ -150,8 +151,12 @@ def bank(members: Sequence[dict] | Mapping[str, dict]) -> dict:
     if odd:
       raise ValueError(f"{which} differ at {odd[:4]}: give them the same sites")
     if path := other_base(tables[0], table):
+      hint = ""
+      if any(isinstance(lowest(t[path]), Residual) for t in (tables[0], table)):
+        hint = ". Their residuals are one base if they started alike, of the same rank and scaling"
       raise ValueError(
         f"{which} have other values at {path!r} of the base: a bank serves adapters of one base"
+        + hint
       )
     for path, value in table.items():
       shapes = [tuple(v.shape) for v in (tables[0][path], value) if isinstance(v, Weight)]

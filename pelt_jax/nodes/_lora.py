@@ -47,6 +47,7 @@ class LoraWeight(Weight):
     scaling: (), or one per stacked layer; alpha / rank. Or a branch that gives one from x: a gate.
     dropout: None or a `Dropout` for the input of `a` alone.
     axes: kernel axes : axes of a, axes of b. A letter in both a and b is a batch axis (experts).
+    b_group: label of b where it is another than `group`.
   """
 
   base: Any = base()
@@ -55,6 +56,7 @@ class LoraWeight(Weight):
   scaling: Any = extra()
   dropout: Any = extra()
   axes: str = static("io:ir,ro")
+  b_group: str | None = static()
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
     y = product(eq, x, self.base, _below(call), precision)
@@ -89,8 +91,8 @@ class LoraWeight(Weight):
     return jnp.asarray(jnp.asarray(whole, wide) + jnp.asarray(delta, wide), whole.dtype)
 
   def rank(self) -> int:
-    _, a, _ = _subscripts(self.axes)
-    rank = self.array("a").shape[self.stacked + a.index(_rank_letter(self.axes))]
+    _, a, _ = subscripts(self.axes)
+    rank = self.array("a").shape[self.stacked + a.index(rank_letter(self.axes))]
     return min(rank, *matrix_sizes(self.axes, self.shape[self.stacked :]))
 
   def specs(self, spec: tuple, tensor: tuple) -> "LoraWeight":
@@ -98,12 +100,18 @@ class LoraWeight(Weight):
 
   def _delta(self) -> jax.Array:
     """The change, scaling * a @ b, in at least float32, with stacked axes."""
-    kernel, a, b = _subscripts(self.axes)
+    kernel, a, b = subscripts(self.axes)
     dtype = np.promote_types(self.array("a").dtype, np.promote_types(self.dtype, jnp.float32))
     left, right = (jnp.asarray(self.array(n), dtype) for n in "ab")
     delta = jnp.einsum(f"...{a},...{b}->...{kernel}", left, right, precision="highest")
     scaling = jnp.asarray(self.scaling, dtype)
     return delta * scaling.reshape(scaling.shape + (1,) * len(kernel))
+
+
+class LoraFaWeight(LoraWeight):
+  """A LoRA whose `a` stays as it was drawn (LoRA-FA, arXiv:2308.03303): `b` alone trains."""
+
+  a: Any = extra()
 
 
 class FusedLora(Weight):
@@ -120,6 +128,7 @@ class FusedLora(Weight):
     chosen: which parts, g of them.
     parts: how many equal parts the fused axis has.
     fused: which axis of the kernel is fused.
+    b_group: as of `LoraWeight`.
   """
 
   base: Any = base()
@@ -130,6 +139,7 @@ class FusedLora(Weight):
   chosen: tuple[int, ...] = static((0, 2))
   parts: int = static(3)
   fused: int = static(1)
+  b_group: str | None = static()
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
     y = product(eq, x, self.base, _below(call), precision)
@@ -231,7 +241,7 @@ def _below(call: Any) -> Any:
   return None if call is None else call.salt(1)
 
 
-def _subscripts(axes: str) -> tuple[str, str, str]:
+def subscripts(axes: str) -> tuple[str, str, str]:
   kernel, _, factors = axes.partition(":")
   a, _, b = factors.partition(",")
   return kernel, a, b
@@ -239,14 +249,14 @@ def _subscripts(axes: str) -> tuple[str, str, str]:
 
 def factor_specs(axes: str, stacked: int, tensor: tuple) -> dict[str, Any]:
   """The specs of a and b over a kernel of spec `tensor`: they follow its axes, the rank none."""
-  kernel, a, b = _subscripts(axes)
+  kernel, a, b = subscripts(axes)
   lead, axis = tensor[:stacked], dict(zip(kernel, tensor[stacked:], strict=True))
   P = jax.sharding.PartitionSpec
   return {name: P(*lead, *map(axis.get, own)) for name, own in (("a", a), ("b", b))}
 
 
-def _rank_letter(axes: str) -> str:
-  kernel, a, _ = _subscripts(axes)
+def rank_letter(axes: str) -> str:
+  kernel, a, _ = subscripts(axes)
   return next(c for c in a if c not in kernel)
 
 
@@ -256,7 +266,7 @@ def matrix_sizes(axes: str, shape: tuple[int, ...]) -> tuple[int, int]:
   >>> matrix_sizes("ihd:ir,rhd", (64, 4, 16))
   (64, 64)
   """
-  kernel, a, b = _subscripts(axes)
+  kernel, a, b = subscripts(axes)
   size = dict(zip(kernel, shape, strict=True))
   return (
     math.prod(size[c] for c in kernel if c in a and c not in b),
@@ -295,9 +305,9 @@ def _rank_first(inputs: str, outputs: str, r: str) -> str:
 def _plan(eq: str, axes: str) -> tuple[str, str, bool] | None:
   """Equations for x -> rank -> out, and whether b comes first (a tied table read the other way)."""
   x, kernel, out = eq.replace("->", ",").split(",")
-  own_kernel, a, b = _subscripts(axes)
+  own_kernel, a, b = subscripts(axes)
   r = next(c for c in "r" + string.ascii_letters if c not in x + kernel + out)
-  rename = dict(zip(own_kernel, kernel, strict=True)) | {_rank_letter(axes): r}
+  rename = dict(zip(own_kernel, kernel, strict=True)) | {rank_letter(axes): r}
   a, b = ("".join(map(rename.__getitem__, s)) for s in (a, b))
   contracted = {c for c in kernel if c in x and c not in out}
   for first, second, swapped in ((a, b, False), (b, a, True)):

@@ -1,7 +1,6 @@
 """What nodes share that change a kernel as one matrix, its inputs by its outputs."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,8 @@ import numpy as np
 
 from pelt_jax._leaf import materialize, product
 from pelt_jax._node import Weight, base, contract, extra, static, strip
-from pelt_jax.nodes._lora import _below, _refuse_dropout
+from pelt_jax.nodes._axes import from_matrices, to_matrices
+from pelt_jax.nodes._lora import _below, _refuse_dropout, matrix_sizes, subscripts
 
 PLAIN = "...i,io->...o"
 
@@ -49,7 +49,9 @@ class MatrixWeight(Weight):
     rows = _rows(eq, self.axes)
     if rows is None:  # the table read the other way round, or a product with more axes
       return y + contract(eq, h, self.as_kernel(self.delta(self.wide)), precision)
-    outputs = [self.sizes[c] for c in split(self.axes)[2]]
+    kernel, _, outputs = subscripts(self.axes)
+    size = dict(zip(kernel, self.shape[self.stacked :], strict=True))
+    outputs = [size[c] for c in outputs]
     return y + rows.back(self.along(rows.of(h), precision), outputs)
 
   def materialize(self) -> jax.Array:
@@ -70,35 +72,21 @@ class MatrixWeight(Weight):
     return functools.reduce(np.promote_types, own, np.dtype(np.float32))
 
   @property
-  def sizes(self) -> dict[str, int]:
-    """The sizes of the kernel's axes, without stacked ones."""
-    kernel = self.axes.partition(":")[0]
-    return dict(zip(kernel, self.shape[self.stacked :], strict=True))
-
-  @property
   def matrix(self) -> tuple[int, int]:
     """Inputs and outputs."""
-    _, inputs, outputs = split(self.axes)
-    size = self.sizes
-    return math.prod(map(size.__getitem__, inputs)), math.prod(map(size.__getitem__, outputs))
+    return matrix_sizes(self.axes, self.shape[self.stacked :])
 
   def as_kernel(self, matrix: jax.Array) -> jax.Array:
     """A matrix (in, out) as the kernel lies, stacked axes first."""
-    kernel, inputs, outputs = split(self.axes)
-    have, lead = inputs + outputs, matrix.shape[:-2]
-    matrix = matrix.reshape(*lead, *map(self.sizes.__getitem__, have))
-    return matrix.transpose(*range(len(lead)), *(len(lead) + have.index(c) for c in kernel))
+    return from_matrices(matrix, self.axes, self.shape)
 
   def as_matrix(self, kernel: jax.Array) -> jax.Array:
     """The kernel as a matrix (in, out), stacked axes first."""
-    letters, inputs, outputs = split(self.axes)
-    lead = kernel.ndim - len(letters)
-    order = (lead + letters.index(c) for c in inputs + outputs)
-    return kernel.transpose(*range(lead), *order).reshape(*kernel.shape[:lead], *self.matrix)
+    return to_matrices(kernel, self.axes)
 
   def flat_specs(self, tensor: tuple) -> tuple[tuple, Any, Any]:
     """What partitions stacked axes, inputs and outputs: the first of several axes that are one."""
-    kernel, inputs, outputs = split(self.axes)
+    kernel, inputs, outputs = subscripts(self.axes)
     axis = dict(zip(kernel, tensor[self.stacked :], strict=True))
     return tensor[: self.stacked], axis[inputs[0]], axis[outputs[0]]
 
@@ -152,7 +140,7 @@ class _Rows(NamedTuple):
 def _rows(eq: str, axes: str) -> "_Rows | None":
   """How to multiply rows, None where the equation does not contract exactly the inputs."""
   x, kernel, out = eq.replace("->", ",").split(",")
-  mine, inputs, outputs = split(axes)
+  mine, inputs, outputs = subscripts(axes)
   rename = dict(zip(mine, kernel, strict=True))
   inputs, outputs = ("".join(map(rename.__getitem__, s)) for s in (inputs, outputs))
   x, out = x.removeprefix("..."), out.removeprefix("...")
@@ -161,13 +149,6 @@ def _rows(eq: str, axes: str) -> "_Rows | None":
   if "." in x + out or (set(x), set(out)) != wanted or set(lead) & set(kernel):
     return None
   return _Rows(x, lead, inputs, outputs, out)
-
-
-def split(axes: str) -> tuple[str, str, str]:
-  """Letters of the kernel, of its inputs and of its outputs."""
-  kernel, _, both = axes.partition(":")
-  inputs, _, outputs = both.partition(",")
-  return kernel, inputs, outputs
 
 
 def pair(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:

@@ -1,14 +1,15 @@
 """The changes of low-rank weight nodes as matrices, whatever the kernel's axes."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from pelt_jax._leaf import lowest
-from pelt_jax.nodes._lora import FusedLora, LoraWeight, _rank_letter, _subscripts
+from pelt_jax.nodes._axes import to_pair
+from pelt_jax.nodes._lora import FusedLora, LoraWeight
+from pelt_jax.nodes._residual import Residual
+from pelt_jax.nodes._svd import SvdWeight
 from pelt_jax.nodes._tuned import Guard
 
 
@@ -45,14 +46,20 @@ def pair_of(node: Any) -> Pair:
 
 @pair_of.register
 def _(node: LoraWeight) -> Pair:
-  batch, inputs, outputs = letters(node.axes)
-  (_, a, b), rank = _subscripts(node.axes), _rank_letter(node.axes)
-  return Pair(
-    _grouped(node.array("a"), a, batch, inputs, rank),
-    _grouped(node.array("b"), b, batch, rank, outputs),
-    node.array("scaling"),
-    node.axes,
-  )
+  a, b = to_pair(node.array("a"), node.array("b"), node.axes)
+  return Pair(a, b, node.array("scaling"), node.axes)
+
+
+@pair_of.register
+def _(node: SvdWeight) -> Pair:
+  return pair_of(node.lora)
+
+
+@pair_of.register
+def _(node: Residual) -> Pair:
+  """What it lacks of the weight, with its sign."""
+  a, b = to_pair(node.array("a"), node.array("b"), node.axes)
+  return Pair(a, -b, node.array("scaling"), node.axes)
 
 
 @pair_of.register
@@ -81,53 +88,3 @@ def pairs_of(leaf: Any) -> list[Pair]:
       found.append(pair_of(leaf))
     leaf = leaf.base
   return found[::-1]
-
-
-def letters(axes: str) -> tuple[str, str, str]:
-  """The kernel's axes that count matrices (experts), its inputs and its outputs.
-
-  >>> letters("CKDH:Dr,rCKH")
-  ('', 'D', 'CKH')
-  """
-  kernel, a, b = _subscripts(axes)
-  batch = "".join(c for c in kernel if c in a and c in b)
-  return (
-    batch,
-    "".join(c for c in kernel if c in a and c not in batch),
-    "".join(c for c in kernel if c in b and c not in batch),
-  )
-
-
-def to_matrices(kernel: jax.Array, axes: str) -> jax.Array:
-  """A kernel as ([layers], [experts], in, out)."""
-  return _grouped(kernel, _subscripts(axes)[0], *letters(axes))
-
-
-def from_matrices(
-  a: jax.Array, b: jax.Array, axes: str, shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-  """Factors as a `LoraWeight` over a kernel of this shape holds them; undoes `pair_of`."""
-  (kernel, a_axes, b_axes), rank = _subscripts(axes), _rank_letter(axes)
-  batch, inputs, outputs = letters(axes)
-  size = dict(zip(kernel, shape[len(shape) - len(kernel) :], strict=True)) | {rank: a.shape[-1]}
-  return (
-    _ungrouped(a, a_axes, size, batch, inputs, rank),
-    _ungrouped(b, b_axes, size, batch, rank, outputs),
-  )
-
-
-def _grouped(value: jax.Array, axes: str, batch: str, first: str, second: str) -> jax.Array:
-  """Batch axes first, then two groups of axes, each flattened to one; stacked axes lead."""
-  lead = value.ndim - len(axes)
-  size = dict(zip(axes, value.shape[lead:], strict=True))
-  value = value.transpose(*range(lead), *(lead + axes.index(c) for c in (*batch, *first, *second)))
-  two = (math.prod(size[c] for c in group) for group in (first, second))
-  return value.reshape(*value.shape[:lead], *(size[c] for c in batch), *two)
-
-
-def _ungrouped(
-  value: jax.Array, axes: str, size: dict[str, int], batch: str, first: str, second: str
-) -> jax.Array:
-  lead, order = value.shape[: value.ndim - len(batch) - 2], batch + first + second
-  value = value.reshape(*lead, *(size[c] for c in order))
-  return value.transpose(*range(len(lead)), *(len(lead) + order.index(c) for c in axes))

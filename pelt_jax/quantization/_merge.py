@@ -12,7 +12,7 @@ from jax.core import Tracer
 from pelt_jax._leaf import lowest, rebased, widened
 from pelt_jax._node import Weight, base, contract
 from pelt_jax._tree import expanded, merge, refuse_unmergeable
-from pelt_jax._walk import map_nodes, update_at, walk
+from pelt_jax._walk import one_layer, update_at, walk
 from pelt_jax.quantization._weight import NF4Weight, coded, to_input
 
 
@@ -134,7 +134,7 @@ def _requantized(value: Weight) -> tuple[NF4Weight, Loss | None]:
 def _merged(node: Weight) -> NF4Weight:
   """The codes of W + change, layer by layer, as a forward pass of `MergeAware` sees them."""
   if node.stacked:
-    made = jax.lax.map(lambda n: _merged(_layer(n)), node)
+    made = jax.lax.map(lambda n: _merged(one_layer(n)), node)
     return made.replace(stacked=made.stacked + 1)
   below = lowest(node)
   # Compiled alike whatever stands round it: what is merged is what was trained, to the bit.
@@ -146,7 +146,7 @@ def _merged(node: Weight) -> NF4Weight:
 def _sums(value: Weight, made: NF4Weight) -> jax.Array:
   """|W|^2, |change|^2, |error|^2, <what codes hold of it, change>, and how many codes differ."""
   if value.stacked:
-    of_layers = jax.lax.map(lambda two: _sums(_layer(two[0]), _layer(two[1])), (value, made))
+    of_layers = jax.lax.map(lambda two: _sums(one_layer(two[0]), one_layer(two[1])), (value, made))
     return jnp.sum(of_layers, axis=0)
   below = lowest(value)
   three = (jnp.asarray(widened(w).materialize(), jnp.float32) for w in (below, value, made))
@@ -155,11 +155,6 @@ def _sums(value: Weight, made: NF4Weight) -> jax.Array:
   differ = jnp.sum(below.numbers() != made.numbers(), dtype=jnp.float32)
   norms = (jnp.vdot(x, x) for x in (before, change, error))
   return jnp.stack([*norms, jnp.vdot(after - before, change), differ])
-
-
-def _layer(node: Any) -> Any:
-  """A node that lost its leading axis."""
-  return map_nodes(lambda n: n.replace(stacked=n.stacked - 1), node)
 
 
 @jax.custom_vjp

@@ -121,6 +121,7 @@ class NF4Weight(Weight):
 
   def rebuild(self, source: Any) -> Self:
     made: Any
+    source = strip(source)
     if isinstance(source, NF4Weight):
       if source.plan != self.plan:
         raise ValueError(f"it is quantized as {source.plan}, the adapter's base was as {self.plan}")

@@ -129,10 +129,13 @@ def our_gradients(grads: dict) -> dict:
   found = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     keys = [getattr(k, "key", getattr(k, "name", None)) for k in path]
+    keys = [k for k in keys if k != "base"]
     module, leaf_name, field = ".".join(keys[:-2]), keys[-2], keys[-1]
     value = np.asarray(leaf)
     name = f"base_model.model.{module}."
-    if leaf_name == "embedding":
+    if field == "magnitude":
+      found[f"{name}lora_magnitude_vector.weight"] = value
+    elif leaf_name == "embedding":
       found[f"{name}lora_embedding_{field.upper()}"] = value.T
     elif leaf_name in ("up", "down"):
       name += "base_layer." if leaf_name == "up" else ""

@@ -394,7 +394,6 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
   "option",
   [
-    dict(use_dora=True),
     dict(use_qalora=True),
     dict(lora_bias=True),
     dict(alora_invocation_tokens=[1, 2]),
@@ -405,8 +404,8 @@ def saved(tmp_path):
     dict(use_bdlora={"nblocks": 2}),
     dict(layer_replication=[[0, 2]]),
     dict(trainable_token_indices=[1]),
-    dict(init_lora_weights="pissa"),
-    dict(init_lora_weights="olora"),
+    dict(init_lora_weights="pissa_niter_4"),
+    dict(init_lora_weights="loftq"),
     dict(bias="some"),
   ],
   ids=lambda option: next(iter(option)),

@@ -30,6 +30,13 @@ METHODS = {
     pelt.adalora(20, 2, 1, targets=("mlp/up", "mlp/down"), dropout=0.25),
     LAYERS * 2 * 2 * (WIDTH + HIDDEN + 1),
   ),
+  "dora": (
+    pelt.dora(2, 6, targets=("attn/query", "mlp/up")),
+    LAYERS * (2 * (2 * WIDTH + WIDTH + HIDDEN) + WIDTH + HIDDEN),
+  ),
+  "pissa": (pelt.pissa(2, 6, targets=("attn/out", "mlp/up")), LAYERS * 2 * (3 * WIDTH + HIDDEN)),
+  "olora": (pelt.olora(2, 6, targets=("attn/out", "mlp/up")), LAYERS * 2 * (3 * WIDTH + HIDDEN)),
+  "lora_fa": (pelt.lora_fa(2, 6, targets=("attn/out", "mlp/up")), LAYERS * 2 * (WIDTH + HIDDEN)),
   "bitfit": (pelt.bitfit(), BIASES),
   "train": (pelt.train("mlp"), LAYERS * (2 * WIDTH * HIDDEN + WIDTH + HIDDEN)),
   "full": (pelt.full(), TOTAL),
@@ -67,6 +74,7 @@ METHODS = {
     LAYERS * 2 * (WIDTH + HIDDEN) + 3 * WIDTH + 3,
   ),
 }
+NEAR = ("dora", "pissa", "olora")  # what they start from is computed in another order
 SHORT = ("lora and head",)  # a low-rank change and leaves that train as they are
 MODES = {m: m for m in tiny.MODES}
 LONG = pytest.mark.parity
@@ -98,7 +106,7 @@ def test_identity_at_init(name, mode):
   model, base, params = made(name, mode)
   got = pelt.bypass(model.apply)({"params": params}, *tiny.inputs())
   want = model.apply({"params": base}, *tiny.inputs())
-  if mode == "loop":
+  if mode == "loop" and name not in NEAR:
     np.testing.assert_array_equal(got, want)
   else:  # scans and remat are compiled, and fusion may round otherwise
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
@@ -166,9 +174,9 @@ def test_bfloat16_keeps_dtype(name, mode):
     want = model.apply({"params": base}, *tiny.inputs())
     assert got.dtype == want.dtype == jnp.bfloat16
     np.testing.assert_allclose(*(jnp.asarray(v, jnp.float32) for v in (got, want)), atol=0.1)
-    dtypes = {x.dtype for x in jax.tree.leaves(pelt.partition(params)[0])}
-    assert dtypes == {jnp.dtype(jnp.bfloat16)}
-    assert {x.dtype for x in jax.tree.leaves(pelt.merge(params))} == dtypes
+    half, wide = jnp.dtype(jnp.bfloat16), {jnp.dtype(jnp.float32)} if name == "dora" else set()
+    assert {x.dtype for x in jax.tree.leaves(pelt.partition(params)[0])} == {half} | wide
+    assert {x.dtype for x in jax.tree.leaves(pelt.merge(params))} == {half}
 
 
 @table
