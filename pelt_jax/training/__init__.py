@@ -32,6 +32,9 @@ from pelt_jax.training._fit import fit as fit
 from pelt_jax.training._generate import Generated as Generated
 from pelt_jax.training._generate import generate as generate
 from pelt_jax.training._ids import positions_taken as positions_taken
+from pelt_jax.training._jobs import Jobs as Jobs
+from pelt_jax.training._jobs import JobsState as JobsState
+from pelt_jax.training._jobs import jobs_step as jobs_step
 from pelt_jax.training._loader import Loader as Loader
 from pelt_jax.training._loss import LOSSES as LOSSES
 from pelt_jax.training._loss import cross_entropy as cross_entropy
