@@ -69,3 +69,4 @@ from pelt_jax.methods._unipelt_within import unipelt_within as unipelt_within
 from pelt_jax.nodes._bank import bank as bank
 from pelt_jax.nodes._unbank import unbank as unbank
 from pelt_jax.optimizers._paged import paged as paged
+from pelt_jax.training._sweep import sweep as sweep

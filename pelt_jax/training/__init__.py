@@ -62,6 +62,9 @@ from pelt_jax.training._step import State as State
 from pelt_jax.training._step import TrainStep as TrainStep
 from pelt_jax.training._step import masters as masters
 from pelt_jax.training._step import train_step as train_step
+from pelt_jax.training._sweep import Sweep as Sweep
+from pelt_jax.training._sweep import Trial as Trial
+from pelt_jax.training._sweep import sweep as sweep
 from pelt_jax.training._template import Template as Template
 from pelt_jax.training._tokenizer import ByteTokenizer as ByteTokenizer
 from pelt_jax.training._tokenizer import FolderTokenizer as FolderTokenizer

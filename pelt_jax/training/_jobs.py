@@ -41,11 +41,13 @@ class Jobs(NamedTuple):
     init: `(members, active=None, **hyperparameters) -> (trainable, frozen, state)`.
     step: `(trainable, frozen, state, batch, key) -> (trainable, state, metrics)`.
     put: `(trainable, frozen, state, slot, params, **hyperparameters)`, to the same three.
+    split: `(trainable, frozen, state) -> members`, each as wide as it came; not to be jitted.
   """
 
   init: Callable[..., tuple[Any, Any, JobsState]]
   step: Callable[..., tuple[Any, JobsState, dict[str, jax.Array]]]
   put: Callable[..., tuple[Any, Any, JobsState]]
+  split: Callable[[Any, Any, JobsState], list[dict]]
 
 
 def jobs_step(
@@ -78,13 +80,13 @@ def jobs_step(
     accumulate: Parts a batch is split into, one after another, to save memory.
 
   Returns:
-    `(init, step, put)`. `init` takes params that methods of one kind made over one base, of any
+    `(init, step, put, split)`. `init` takes params that methods of one kind made over one base, of any
     width: smaller ones are padded, and the padding never changes. Hyperparameters are a number, or
     N of them. `step` gives each of the metrics of `train_step` as (N,), 0 for jobs without rows,
     and `trained`, which jobs took a step. `put` starts a new job in a slot of the same or a larger
     width, without another compilation of `step`: an array's number may be traced. A job stops by
-    `state._replace(active=state.active.at[i].set(False))`, and
-    `pelt.unbank(pelt.combine(trainable, frozen))` gives all members' params.
+    `state._replace(active=state.active.at[i].set(False))`; `pelt.combine(trainable, frozen)` serves
+    all of them with `rows=`.
 
     The optimizer's state takes N times that of one job. The forward and backward pass cost what
     the rows cost, whatever N is.
@@ -147,7 +149,7 @@ def jobs_step(
       return tx.init(jax.tree.unflatten(structure, _cleaned(own, _real(own, size))))
 
     with optax_dtypes():
-      optimizer = jax.vmap(start, (axes, 0))(leaves, sizes)
+      optimizer = jax.jit(jax.vmap(start, (axes, 0)))(leaves, sizes)
     # Strong types, as those that a step gives, or the second step would compile again.
     optimizer = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), optimizer)
     on = jnp.ones(len(every), bool) if active is None else jnp.asarray(active, bool)
@@ -214,7 +216,18 @@ def jobs_step(
     ]
     return jax.tree.unflatten(structure, leaves), jax.tree.unflatten(around, rest), state
 
-  return Jobs(init, step, put)
+  def split(trainable: Any, frozen: Any, state: JobsState) -> list[dict]:
+    params, sizes = combine(trainable, frozen), [np.asarray(size) for size in state.sizes]
+
+    def one(number: int) -> dict:
+      own, rest = partition(member(params, number))
+      leaves, structure = jax.tree.flatten(own)
+      cut = [x[tuple(map(slice, size[number]))] for x, size in zip(leaves, sizes, strict=True)]
+      return combine(jax.tree.unflatten(structure, cut), rest)
+
+    return [one(number) for number in range(len(state.active))]
+
+  return Jobs(init, step, put, split)
 
 
 def _check_member(params: dict) -> None:
