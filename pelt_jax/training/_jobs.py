@@ -80,9 +80,9 @@ def jobs_step(
     accumulate: Parts a batch is split into, one after another, to save memory.
 
   Returns:
-    `(init, step, put, split)`. `init` takes params that methods of one kind made over one base, of any
-    width: smaller ones are padded, and the padding never changes. Hyperparameters are a number, or
-    N of them. `step` gives each of the metrics of `train_step` as (N,), 0 for jobs without rows,
+    A `Jobs`. `init` takes params that methods of one kind made over one base, of any width: smaller
+    ones are padded, and the padding never changes. Hyperparameters are a number, or N of them.
+    `step` gives each of the metrics of `train_step` as (N,), 0 for jobs without rows,
     and `trained`, which jobs took a step. `put` starts a new job in a slot of the same or a larger
     width, without another compilation of `step`: an array's number may be traced. A job stops by
     `state._replace(active=state.active.at[i].set(False))`; `pelt.combine(trainable, frozen)` serves

@@ -154,12 +154,13 @@ def sweep(
     >>> def loss(apply, params, batch, key):
     ...   out = apply({"params": params}, batch["x"], rows=batch.get("rows"))[:, 0]
     ...   return ((out - 1) ** 2).mean(), {"by_row": ((out - 1) ** 2, jnp.ones(len(out)))}
+    >>> apply = pelt.bypass(model.apply)
+    >>> grid = {"rank": [1], "targets": ["kernel"], "learning_rate": [1e-4, 1e-3, 0.05]}
     >>> found = pelt.sweep(
-    ...   pelt.lora, {"rank": [1], "targets": ["kernel"], "learning_rate": [1e-4, 1e-3, 0.05]},
-    ...   base, sites, apply=pelt.bypass(model.apply), loss=loss,
-    ...   tx=optax.inject_hyperparams(optax.adam)(learning_rate=1.0), batches=iter(lambda: {"x": x}, 0),
-    ...   steps=9, evaluate=lambda p: float(loss(pelt.bypass(model.apply), p, {"x": x}, 0)[0]),
-    ...   higher_is_better=False,
+    ...   pelt.lora, grid, base, sites, apply=apply, loss=loss,
+    ...   tx=optax.inject_hyperparams(optax.adam)(learning_rate=1.0),
+    ...   batches=itertools.repeat({"x": x}), steps=9,
+    ...   evaluate=lambda params: loss(apply, params, {"x": x}, None)[0], higher_is_better=False,
     ... )  # fmt: skip
     >>> found.winner.options["learning_rate"], [t.steps for t in found.trials], found.steps
     (0.05, [3, 3, 9], 15)
@@ -186,22 +187,21 @@ def sweep(
   program = Compiled(jobs.step, by=3, donate_argnums=(0, 2))
   alive, stream, sign = list(range(count)), iter(batches), 1 if higher_is_better else -1
   scores: list[list[tuple[int, float]]] = [[] for _ in options]
-  number = used = 0
+  used = 0
   with bar("sweep", steps, show=progress) as advance:
-    for rung in rungs:
-      for number in range(number, rung):
+    for start, rung in itertools.pairwise((0, *rungs)):
+      for number in range(start, rung):
         batch = _repeated(next(stream), alive)
         step_key = jax.random.fold_in(drawn, number)
         trainable, state, _ = program(trainable, frozen, state, batch, step_key)
         used += len(alive)
         advance(f"{len(alive)} runs")
-      number = rung
       params = combine(trainable, frozen)
       for i in alive:
         scores[i].append((rung, _score(evaluate(member(params, i)), metric)))
       order = sorted(alive, key=lambda i: _worst_last(sign * scores[i][-1][1]))
       if rung < steps:
-        alive = sorted(order[: math.ceil(round(keep * len(alive), 9))])
+        alive = sorted(order[: _left(len(alive), keep)])
   trials = tuple(Trial(o, tuple(s), s[-1][0]) for o, s in zip(options, scores, strict=True))
   params = jobs.split(trainable, frozen, state)[order[0]]
   name = metric or "score"
@@ -231,9 +231,15 @@ def _rungs(count: int, steps: int, keep: float) -> tuple[int, ...]:
   """When to score: the last step, and as many before as leave one run."""
   found, left = [steps], count
   while left > 1 and keep < 1:
-    left = min(left - 1, math.ceil(round(keep * left, 9)))
+    left = _left(left, keep)
     found.append(max(1, round(steps * keep ** len(found))))
   return tuple(sorted(set(found)))
+
+
+def _left(count: int, keep: float) -> int:
+  """How many of some runs go on."""
+  share = math.ceil(round(keep * count, 9))  # a third of six is two
+  return count if keep == 1 else max(1, min(count - 1, share))
 
 
 def _repeated(batch: dict, jobs: list[int]) -> dict:
