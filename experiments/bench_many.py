@@ -33,7 +33,7 @@ from pelt_jax import models, training
 VOCAB, RANK, CLIP = 2048, 8, 1.0
 SERVED, SERVED_LENGTH = 8, 64
 ROWS, LENGTH = 2, 32  # of a job's batch
-LOSS_STEPS, COMPILATIONS = 4, 4
+LOSS_STEPS, COMPILATIONS = 3, 3
 
 
 def built(config: pathlib.Path, layers: int):
@@ -105,6 +105,8 @@ def trained(apply, members: list[dict], pairs: int) -> dict:
   tx = optax.inject_hyperparams(optax.adamw)(learning_rate=1.0)
   train = training.train_step(apply, loss, tx, clip=CLIP)
   runs = [list(train.init(m)) for m in members]
+  for run in runs:
+    run[0] = jax.tree.map(jnp.copy, run[0])  # a step donates it
   for run, rate in zip(runs, rates, strict=True):
     run[2].optimizer.hyperparams["learning_rate"] = jnp.asarray(rate)
   step = jax.jit(train.step, donate_argnums=(0, 2))
@@ -144,6 +146,7 @@ def trained(apply, members: list[dict], pairs: int) -> dict:
     (together_compiled + steps * cpu["jobs"]) / (count * one + steps * cpu["separate"])
   )
   sizes = [sum(x.nbytes for x in jax.tree.leaves(s)) for s in (many[2].optimizer, runs[0][2])]
+  print(f"{count} jobs: done", flush=True)
   return {
     "jobs": count,
     "largest_relative_difference_of_losses": worst,
@@ -168,7 +171,7 @@ def main() -> None:
   parser.add_argument("--layers", type=int, default=4)
   parser.add_argument("--pairs", type=int, default=30, help="of forward passes")
   parser.add_argument("--jobs", type=int, nargs="+", default=[8, 64])
-  parser.add_argument("--step-pairs", type=int, nargs="+", default=[20, 6], help="for each of jobs")
+  parser.add_argument("--step-pairs", type=int, nargs="+", default=[20, 5], help="for each of jobs")
   parser.add_argument("--out", type=pathlib.Path, required=True)
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
