@@ -1,6 +1,5 @@
 """Many adapters trained by one program: each row of a batch belongs to one of N jobs."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.core import Tracer
 
 from pelt_jax._node import GENERATORS
@@ -17,6 +15,13 @@ from pelt_jax._transform import Transform
 from pelt_jax._tree import combine, partition
 from pelt_jax.nodes._bank import bank, member_axes, members_of
 from pelt_jax.nodes._unbank import member
+from pelt_jax.training._slots import (
+  cleaned,
+  first_of_two,
+  injected_with,
+  real_entries,
+  set_slot,
+)
 from pelt_jax.training._step import State, finisher, gradients, masters, optax_dtypes
 
 
@@ -82,19 +87,19 @@ def jobs_step(
   Returns:
     A `Jobs`. `init` takes params that methods of one kind made over one base, of any width: smaller
     ones are padded, and the padding never changes. Hyperparameters are a number, or N of them.
-    `step` gives each of the metrics of `train_step` as (N,), 0 for jobs without rows,
-    and `trained`, which jobs took a step. `put` starts a new job in a slot of the same or a larger
-    width, without another compilation of `step`: an array's number may be traced. A job stops by
+    `step` gives each of the metrics of `train_step` as (N,), 0 for jobs without rows, and
+    `trained`, which jobs took a step. `put` starts a new job in a slot of the same or a larger
+    width, without another compilation of `step`; the slot may be traced. A job stops by
     `state._replace(active=state.active.at[i].set(False))`; `pelt.combine(trainable, frozen)` serves
     all of them with `rows=`.
 
     The optimizer's state takes N times that of one job. The forward and backward pass cost what
-    the rows cost, whatever N is.
+    the rows cost, whatever N is. (Where all members have one shape and read the same batch,
+    `jointly` runs a whole `train_step` for each, post-steps included.)
 
   Raises:
     ValueError: `method` has a post-step, or an option is none of `train_step`'s. `init` and `put`:
-      members hold generators, which are several members' arrays at once; something trains that is
-      no member's; a hyperparameter that `tx` does not inject; params wider than the slot. `step`:
+      members hold generators, which a bank folds; something trains that is no member's; a hyperparameter that `tx` does not inject; params wider than the slot. `step`:
       the batch has no `rows`, or they name no job. (Rows that are traced make all losses NaN.)
 
   Example:
@@ -146,7 +151,7 @@ def jobs_step(
     leaves, structure = jax.tree.flatten(trainable)
 
     def start(own: list, size: list) -> Any:
-      return tx.init(jax.tree.unflatten(structure, _cleaned(own, _real(own, size))))
+      return tx.init(jax.tree.unflatten(structure, cleaned(own, real_entries(own, size))))
 
     with optax_dtypes():
       optimizer = jax.jit(jax.vmap(start, (axes, 0)))(leaves, sizes)
@@ -157,7 +162,7 @@ def jobs_step(
       raise ValueError(
         f"active has shape {on.shape}: expected a flag for each of {len(every)} jobs"
       )
-    return trainable, frozen, JobsState(_injected(optimizer, hyperparameters), on, sizes)
+    return trainable, frozen, JobsState(injected_with(optimizer, hyperparameters), on, sizes)
 
   def step(
     trainable: Any, frozen: Any, state: JobsState, batch: dict, key: jax.Array
@@ -170,8 +175,8 @@ def jobs_step(
     rest, around = jax.tree.flatten(frozen)
 
     def one(own, rest, optimizer, grads, value, weight, trained, size):
-      real = _real(own, size)
-      tree, grads = (jax.tree.unflatten(structure, _cleaned(x, real)) for x in (own, grads))
+      real = real_entries(own, size)
+      tree, grads = (jax.tree.unflatten(structure, cleaned(x, real)) for x in (own, grads))
       before = State(optimizer, ())
       frozen = jax.tree.unflatten(around, rest)
       new, after, metrics = finish(tree, frozen, before, grads, value, weight, None)
@@ -199,19 +204,21 @@ def jobs_step(
     params = masters(params)
     wide = member(combine(trainable, frozen), 0)
     parts = partition(bank({"new": params, "slot": wide}))
-    own = _first(parts[0], trainable)
+    own = first_of_two(parts[0], trainable)
     size = [jnp.asarray(jnp.shape(x), jnp.int32) for x in jax.tree.leaves(partition(params)[0])]
     leaves, structure = jax.tree.flatten(trainable)
     with optax_dtypes():
-      optimizer = tx.init(jax.tree.unflatten(structure, _cleaned(own, _real(own, size))))
-    optimizer = _injected(optimizer, hyperparameters)
+      optimizer = tx.init(jax.tree.unflatten(structure, cleaned(own, real_entries(own, size))))
+    optimizer = injected_with(optimizer, hyperparameters)
     fresh = JobsState(optimizer, jnp.ones((), bool), size)
-    state = jax.tree.map(lambda x, new: _set(x, new, slot, 0), state, fresh)
-    others = _first(parts[1], frozen)
+    state = jax.tree.map(lambda x, new: set_slot(x, new, slot, 0), state, fresh)
+    others = first_of_two(parts[1], frozen)
     rest, around = jax.tree.flatten(frozen)
-    leaves = [_set(*x) for x in zip(leaves, own, [slot] * len(own), _axes(trainable), strict=True)]
+    leaves = [
+      set_slot(*x) for x in zip(leaves, own, [slot] * len(own), _axes(trainable), strict=True)
+    ]
     rest = [
-      x if axis is None else _set(x, new, slot, axis)
+      x if axis is None else set_slot(x, new, slot, axis)
       for x, new, axis in zip(rest, others, member_axes(frozen), strict=True)
     ]
     return jax.tree.unflatten(structure, leaves), jax.tree.unflatten(around, rest), state
@@ -269,86 +276,3 @@ def _checked_rows(batch: dict, count: int) -> jax.Array:
       raise ValueError(f"rows name the jobs {odd[:4]}, but there are {count}, counted from 0")
   rows = jnp.asarray(rows)
   return jnp.where(rows < 0, count, rows)
-
-
-def _real(leaves: list, sizes: list) -> list:
-  """Which entries of one member's arrays are its own."""
-
-  def of(x: jax.Array, size: jax.Array) -> jax.Array:
-    within = (lax.broadcasted_iota(size.dtype, x.shape, k) < size[k] for k in range(x.ndim))
-    return functools.reduce(jnp.logical_and, within, jnp.ones(x.shape, bool))
-
-  return [of(x, size) for x, size in zip(leaves, sizes, strict=True)]
-
-
-def _cleaned(leaves: list, real: list) -> list:
-  """Arrays with zeros as padding, which is NaN in prompts."""
-  return [jnp.where(r, x, jnp.zeros_like(x)) for x, r in zip(leaves, real, strict=True)]
-
-
-def _first(two: Any, like: Any) -> list:
-  """The first one's arrays in a bank of two, of the dtypes of another bank; None of the base's.
-
-  Raises:
-    ValueError: if they are wider than those of the other bank, or of other nodes.
-  """
-  if jax.tree.structure(two) != jax.tree.structure(like):
-    raise ValueError("params have other nodes than the jobs: make them by the same method")
-  found = []
-  paths = jax.tree_util.tree_leaves_with_path(like)
-  for (path, x), new, axis in zip(paths, jax.tree.leaves(two), member_axes(like), strict=True):
-    shape = None if axis is None else x.shape[:axis] + x.shape[axis + 1 :]
-    if axis is not None:
-      new = lax.index_in_dim(new, 0, axis, keepdims=False)
-      if new.shape != shape:
-        raise ValueError(
-          f"params need {new.shape} at {jax.tree_util.keystr(path)}, wider than a slot's {shape}: "
-          "start the jobs with one member as wide as any that will come"
-        )
-    found.append(None if axis is None else jnp.asarray(new, x.dtype))
-  return found
-
-
-def _set(x: jax.Array, new: jax.Array, slot: Any, axis: int) -> jax.Array:
-  return x.at[(slice(None),) * axis + (slot,)].set(new, mode="drop")
-
-
-def _injected(optimizer: Any, values: dict[str, Any]) -> Any:
-  """An optimizer's state with other hyperparameters.
-
-  Raises:
-    ValueError: for one that the transformation does not inject, or schedules, or another number of
-      values than there are jobs.
-  """
-  injected = lambda x: hasattr(x, "hyperparams")
-  known: set[str] = set()
-  scheduled: set[str] = set()
-
-  def set_in(x: Any) -> Any:
-    if not injected(x):
-      return x
-    scheduled.update(getattr(x, "hyperparams_states", {}))
-    known.update(x.hyperparams)
-    new = {k: _like(v, x.hyperparams[k], k) for k, v in values.items() if k in x.hyperparams}
-    inner = jax.tree.map(set_in, x.inner_state, is_leaf=injected)
-    return x._replace(hyperparams=x.hyperparams | new, inner_state=inner)
-
-  found = jax.tree.map(set_in, optimizer, is_leaf=injected)
-  if odd := sorted(values.keys() - known):
-    raise ValueError(
-      f"{odd[0]}: tx injects {sorted(known) or 'nothing'}; what differs by job comes in by "
-      f"optax.inject_hyperparams(...)({odd[0]}=...)"
-    )
-  if odd := sorted(values.keys() & scheduled):
-    raise ValueError(
-      f"{odd[0]} is a schedule in tx, which overrides any number: inject a function of the number "
-      f"that makes its schedule inside, inject_hyperparams(lambda {odd[0]}: ...)"
-    )
-  return found
-
-
-def _like(value: Any, old: jax.Array, name: str) -> jax.Array:
-  value = jnp.asarray(value, old.dtype)
-  if value.shape not in ((), old.shape):
-    raise ValueError(f"{name} has shape {value.shape}: expected a number, or {old.shape}")
-  return jnp.broadcast_to(value, old.shape)

@@ -230,6 +230,30 @@ def test_optimizer_memory_grows_with_the_jobs(toy):
   assert size(7) == 7 * size(1) > 0
 
 
+def test_padding_never_moves(toy):
+  """Whatever the optimizer does: this one moves what has no gradient."""
+  _, _, members, batch = toy
+  pushed = optax.stateless(lambda grads, params: jax.tree.map(lambda g: 1.0 - g, grads))
+  jobs = training.jobs_step(pelt.bypass(Toy(scan=True).apply), quiet, pushed)
+  begun = jobs.init(members)
+  trainable, frozen, state = begun
+  trainable, state, _ = jax.jit(jobs.step)(trainable, frozen, state, batch, KEY)
+  rest = jax.tree.leaves(trainable)
+  cut = [0, 0]
+  for new, old, axis, size in zip(
+    rest, jax.tree.leaves(begun[0]), member_axes(trainable), state.sizes, strict=True
+  ):
+    for job in range(3):
+      one, before = (np.take(np.asarray(x), job, axis) for x in (new, old))
+      inside = tuple(map(slice, np.asarray(size)[job]))
+      assert (one[inside] != before[inside]).all()
+      one = one.copy()
+      one[inside] = 0
+      assert not one.any()
+      cut[one.size > one[inside].size] += 1
+  assert min(cut) > 0
+
+
 def test_parts_of_a_batch_add_up(toy):
   jobs, step, members, batch = toy
   tx = INJECTED(learning_rate=1e-2)
