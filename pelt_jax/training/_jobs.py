@@ -99,8 +99,9 @@ def jobs_step(
 
   Raises:
     ValueError: `method` has a post-step, or an option is none of `train_step`'s. `init` and `put`:
-      members hold generators, which a bank folds; something trains that is no member's; a hyperparameter that `tx` does not inject; params wider than the slot. `step`:
-      the batch has no `rows`, or they name no job. (Rows that are traced make all losses NaN.)
+      members hold generators, which a bank folds; something trains that is no member's; a
+      hyperparameter that `tx` does not inject; params wider than the slot. `step`: the batch has no
+      `rows`, or they name no job. (Rows that are traced make all losses NaN.)
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, pelt_jax as pelt
