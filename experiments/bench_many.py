@@ -124,38 +124,54 @@ def trained(apply, members: list[dict], pairs: int) -> dict:
       found.append(metrics["loss"])
     return np.array(jax.device_get(found))
 
-  # All at once.
-  jobs = training.jobs_step(apply, loss, tx, clip=CLIP)
-  many = list(jobs.init(members, learning_rate=rates))
-  began = time.process_time()
-  program = jax.jit(jobs.step, donate_argnums=(0, 2)).lower(*many, all_rows(0), key).compile()
-  together_compiled = time.process_time() - began
+  # All at once: the whole batch, and in parts of as many rows as are served.
+  runs_at_once, compiled_at_once = {}, {}
+  for parts in sorted({1, max(1, count * ROWS // 16)}):
+    jobs = training.jobs_step(apply, loss, tx, clip=CLIP, accumulate=parts)
+    many = list(jobs.init(members, learning_rate=rates))
+    jax.clear_caches()
+    began = time.process_time()
+    program = jax.jit(jobs.step, donate_argnums=(0, 2)).lower(*many, all_rows(0), key).compile()
+    compiled_at_once[parts] = time.process_time() - began
 
-  def together(i: int) -> np.ndarray:
-    many[0], many[2], metrics = program(*many, all_rows(i), key)
-    return np.asarray(metrics["loss"])
+    def together(i: int, many: list = many, program=program) -> np.ndarray:
+      many[0], many[2], metrics = program(*many, all_rows(i), key)
+      return np.asarray(metrics["loss"])
 
-  losses = [(together(i), each(i)) for i in range(LOSS_STEPS)]
-  worst = max(float(np.abs(a / b - 1).max()) for a, b in losses)
+    runs_at_once[parts] = together
+  size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+  bytes_of = {"jobs": size(many[2].optimizer), "one separate run": size(runs[0][2])}
+  worst = 0.0
+  for i in range(LOSS_STEPS):
+    apart = each(i)
+    found = [together(i) for together in runs_at_once.values()]
+    worst = max(worst, *(float(np.abs(f / apart - 1).max()) for f in found))
   if worst > 1e-5:
     raise SystemExit(f"losses of jobs and of separate runs differ by {worst:.1e}")
-  times = alternate({"jobs": lambda: together(0), "separate": lambda: each(0)}, pairs)
+  sides = {parts: lambda run=run: run(0) for parts, run in runs_at_once.items()}
+  times = alternate(sides | {"separate": lambda: each(0)}, pairs)
   cpu = {name: float(np.median(v)) for name, v in times["cpu"].items()}
   one = float(np.mean(compiled))
-  whole = lambda steps: (
-    (together_compiled + steps * cpu["jobs"]) / (count * one + steps * cpu["separate"])
-  )
-  sizes = [sum(x.nbytes for x in jax.tree.leaves(s)) for s in (many[2].optimizer, runs[0][2])]
+
+  def over_separate(parts: int) -> dict:
+    whole = lambda steps: (
+      (compiled_at_once[parts] + steps * cpu[parts]) / (count * one + steps * cpu["separate"])
+    )
+    return {
+      "step_cpu_seconds_median": cpu[parts],
+      "compile_cpu_seconds": compiled_at_once[parts],
+      "step": ratio(times["cpu"][parts], times["cpu"]["separate"]),
+      "step_wall": ratio(times["wall"][parts], times["wall"]["separate"]),
+      "with_compilation": {steps: whole(steps) for steps in (10, 30, 100, 300)},
+    }
+
   print(f"{count} jobs: done", flush=True)
   return {
     "jobs": count,
     "largest_relative_difference_of_losses": worst,
-    "step_cpu_seconds_median": cpu,
-    "compile_cpu_seconds": {"jobs": together_compiled, "one separate run": compiled},
-    "step": ratio(times["cpu"]["jobs"], times["cpu"]["separate"]),
-    "step_wall": ratio(times["wall"]["jobs"], times["wall"]["separate"]),
-    "with_compilation": {steps: whole(steps) for steps in (10, 30, 100, 300)},
-    "optimizer_bytes": {"jobs": sizes[0], "one separate run": sizes[1]},
+    "separate": {"steps_cpu_seconds_median": cpu["separate"], "compile_cpu_seconds": compiled},
+    "by_parts": {parts: over_separate(parts) for parts in runs_at_once},
+    "optimizer_bytes": bytes_of,
   }
 
 
@@ -204,21 +220,23 @@ def main() -> None:
   lines.append(f"\n64 members cost {many / few - 1:+.3%} FLOPs over 8.\n")
   lines += [
     f"## Training, each job {ROWS} rows of {LENGTH} tokens\n",
-    "| jobs | losses differ by | step over separate steps | with compilation, 30 steps | 300 steps "
-    "| compiling: jobs | one run |",
-    "|---|---|---|---|---|---|---|",
+    "| jobs | parts | losses differ by | step over separate steps | with compilation, 30 steps "
+    "| 300 steps | compiling: jobs | one run |",
+    "|---|---|---|---|---|---|---|---|",
   ]
   for found in each:
-    whole, compiling = found["with_compilation"], found["compile_cpu_seconds"]
-    one = np.mean(compiling["one separate run"])
-    lines.append(
-      f"| {found['jobs']} | {found['largest_relative_difference_of_losses']:.0e} | "
-      f"{cell(found['step'])} | {whole[30]:.3f} | {whole[300]:.3f} | {compiling['jobs']:.1f} s | "
-      f"{one:.1f} s |"
-    )
+    one = np.mean(found["separate"]["compile_cpu_seconds"])
+    for parts, jobs in found["by_parts"].items():
+      whole = jobs["with_compilation"]
+      lines.append(
+        f"| {found['jobs']} | {parts} | {found['largest_relative_difference_of_losses']:.0e} | "
+        f"{cell(jobs['step'])} | {whole[30]:.3f} | {whole[300]:.3f} | "
+        f"{jobs['compile_cpu_seconds']:.1f} s | {one:.1f} s |"
+      )
   lines.append(
     "\nWith compilation: all jobs' program once, against a compilation for each separate run (mean "
-    f"of {COMPILATIONS}), steps at their median time."
+    f"of {COMPILATIONS}), steps at their median time. Parts: `accumulate`; activations of a large "
+    "batch do not fit the cache."
   )
   lines.append("; ".join(f"{k} {v}" for k, v in versions.items()))
   lines.append(f"{today}, {cores} core{'s' * (cores > 1)}.")
