@@ -85,3 +85,4 @@ from pelt_jax.nodes._bank import bank as bank
 from pelt_jax.nodes._unbank import unbank as unbank
 from pelt_jax.optimizers._lora_plus import lora_plus as lora_plus
 from pelt_jax.optimizers._paged import paged as paged
+from pelt_jax.training._sweep import sweep as sweep

@@ -128,6 +128,11 @@ def bank(members: Sequence[dict] | Mapping[str, dict]) -> dict:
   The member axis goes after stacked axes. LoRAs and adapters of unequal width are padded with
   zeros, prompts of unequal length with NaN.
 
+  Each row gathers its member's arrays, so that a product of R rows costs R products of one member,
+  however many members there are. (On CPU `jax.lax.ragged_dot` over rows sorted by member costs as
+  many as there are members: of LoRAs on 8 rows of 64 tokens and width 576 it takes 2 times as long
+  with 8 members, 15 times with 64, and 5 and 37 times with gradients.)
+
   Args:
     members: params with nodes at the same sites, over the same base; by name, `rows` counts them in
       the order in which they stand.
@@ -190,6 +195,26 @@ def members_of(params: dict) -> int | None:
     if isinstance(node, Bank) or getattr(node, "banked", False):
       return jax.tree.leaves(node)[0].shape[node.stacked]
   return None
+
+
+def member_axes(tree: Any) -> list[int | None]:
+  """The member axis of every array, in the order of `jax.tree.leaves`; None outside the bank.
+
+  Args:
+    tree: what `bank` made, or a part of it with holes.
+  """
+
+  def of(value: Any) -> Any:
+    if isinstance(value, Guard):
+      return value.based(jax.tree.map(of, value.base, is_leaf=is_node))
+    if isinstance(value, BankWeight):
+      base = jax.tree.map(lambda _: -1, value.base)
+      return value.replace(base=base, members=jax.tree.map(lambda _: value.stacked, value.members))
+    axis = value.stacked if isinstance(value, Bypass) else -1
+    return jax.tree.map(lambda _: axis, value)
+
+  axes = jax.tree.leaves(jax.tree.map(of, tree, is_leaf=is_node))
+  return [None if axis < 0 else axis for axis in axes]
 
 
 def other_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

@@ -42,12 +42,14 @@ def unbank(params: dict) -> tuple[dict, list[dict]]:
   count = members_of(params)
   if count is None:
     raise ValueError("params hold no bank: pass those of pelt.bank(...)")
-  table = dict(walk(params))
-  members = [
-    update_at({}, {path: _member(value, i) for path, value in table.items()}) for i in range(count)
-  ]
+  members = [member(params, i) for i in range(count)]
   bare = {p: _bare(v) for p, v in walk(members[0]) if not isinstance(v, Bypass | Generator)}
   return update_at({}, bare), members
+
+
+def member(params: dict, number: int) -> dict:
+  """Params of one member of a bank without generators."""
+  return update_at({}, {path: _member(value, number) for path, value in walk(params)})
 
 
 def _member(value: Any, number: int) -> Any:

@@ -32,6 +32,9 @@ from pelt_jax.training._fit import fit as fit
 from pelt_jax.training._generate import Generated as Generated
 from pelt_jax.training._generate import generate as generate
 from pelt_jax.training._ids import positions_taken as positions_taken
+from pelt_jax.training._jobs import Jobs as Jobs
+from pelt_jax.training._jobs import JobsState as JobsState
+from pelt_jax.training._jobs import jobs_step as jobs_step
 from pelt_jax.training._loader import Loader as Loader
 from pelt_jax.training._loss import LOSSES as LOSSES
 from pelt_jax.training._loss import cross_entropy as cross_entropy
@@ -59,6 +62,9 @@ from pelt_jax.training._step import State as State
 from pelt_jax.training._step import TrainStep as TrainStep
 from pelt_jax.training._step import masters as masters
 from pelt_jax.training._step import train_step as train_step
+from pelt_jax.training._sweep import Sweep as Sweep
+from pelt_jax.training._sweep import Trial as Trial
+from pelt_jax.training._sweep import sweep as sweep
 from pelt_jax.training._template import Template as Template
 from pelt_jax.training._tokenizer import ByteTokenizer as ByteTokenizer
 from pelt_jax.training._tokenizer import FolderTokenizer as FolderTokenizer

@@ -1,7 +1,9 @@
 """Losses: `loss(apply, params, batch, key) -> (mean over targets, aux)`.
 
 `aux["weight"]` is the number of targets. `train_step` needs it: the loss of a batch is the sum of
-its parts' sums over the sum of their counts, which the mean of means is not.
+its parts' sums over the sum of their counts, which the mean of means is not. `aux["by_row"]` has
+the sum and the number of targets of each row of the batch, for `jobs_step`. A batch's `rows` go to
+the model, whose params then hold a bank.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from pelt_jax.training._encoded import IGNORE
 
 Loss = Callable[[Callable, Any, dict, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
 
-_INPUTS = ("attention_mask", "segment_ids", "position_ids", "token_type_ids", "at")
+_INPUTS = ("attention_mask", "segment_ids", "position_ids", "token_type_ids", "at", "rows")
 
 
 def _run(apply: Callable, params: Any, batch: dict, key: jax.Array | None, **kwargs: Any) -> Any:
@@ -37,7 +39,7 @@ def cross_entropy(
     key: For dropout; None evaluates.
 
   Returns:
-    The mean, float32 at least, and `weight`, `correct` (counts) and `predictions`.
+    The mean, float32 at least, and `weight`, `by_row`, `correct` (counts) and `predictions`.
   """
   logits = _run(apply, params, batch, key)
   if logits.dtype != jnp.float64:
@@ -46,9 +48,9 @@ def cross_entropy(
   valid = jnp.asarray(labels) != IGNORE
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(valid, labels, 0))
   predictions = jnp.argmax(logits, axis=-1)
-  mean, weight = _mean(losses, valid)
-  correct = jnp.sum(valid & (predictions == labels), dtype=weight.dtype)
-  return mean, {"weight": weight, "correct": correct, "predictions": predictions}
+  mean, aux = _mean(losses, valid)
+  correct = jnp.sum(valid & (predictions == labels), dtype=mean.dtype)
+  return mean, {**aux, "correct": correct, "predictions": predictions}
 
 
 def next_token(
@@ -69,11 +71,10 @@ def next_token(
     key: For dropout; None evaluates.
 
   Returns:
-    The mean, float32 at least, and `weight`, the number of targets.
+    The mean, float32 at least, `weight`, the number of targets, and `by_row`.
   """
   losses = _run(apply, params, batch, key, labels=batch["labels"])
-  mean, weight = _mean(losses, jnp.asarray(batch["labels"]) != IGNORE)
-  return mean, {"weight": weight}
+  return _mean(losses, jnp.asarray(batch["labels"]) != IGNORE)
 
 
 def recorded(loss: Loss, *names: str) -> Loss:
@@ -111,10 +112,13 @@ def recorded(loss: Loss, *names: str) -> Loss:
   return told
 
 
-def _mean(losses: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _mean(losses: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
   weight = jnp.sum(valid, dtype=losses.dtype)
-  total = jnp.sum(jnp.where(valid, losses, jnp.zeros_like(losses)))
-  return total / jnp.maximum(weight, jnp.ones_like(weight)), weight
+  kept = jnp.where(valid, losses, jnp.zeros_like(losses))
+  within = tuple(range(1, losses.ndim))
+  by_row = jnp.sum(kept, axis=within), jnp.sum(valid, axis=within, dtype=losses.dtype)
+  mean = jnp.sum(kept) / jnp.maximum(weight, jnp.ones_like(weight))
+  return mean, {"weight": weight, "by_row": by_row}
 
 
 LOSSES: dict[str, Loss] = {

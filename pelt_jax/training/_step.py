@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pelt_jax._transform import Transform
+from pelt_jax._transform import PostStep, Transform
 from pelt_jax._tree import combine, partition, penalised, penalty, value_and_grad
 
 
@@ -64,37 +64,79 @@ def train_step(
   Raises:
     ValueError: `clip` is not positive, or `accumulate` is less than 1 or does not divide the batch.
   """
-  if clip is not None and not clip > 0:
-    raise ValueError(f"clip={clip}: expected a positive norm, or None for no clipping")
-  if accumulate < 1:
-    raise ValueError(f"accumulate={accumulate}: expected at least 1")
   post = None if method is None else method.post_step
+  gradient, finish = gradients(_total(apply, loss), accumulate), finisher(tx, clip, post)
 
   def init(params: Any) -> tuple[Any, Any, State]:
     trainable, frozen = partition(params)
     trainable = jax.tree.map(_master, trainable)
-    with _optax_dtypes():
+    with optax_dtypes():
       optimizer = tx.init(trainable)
     return trainable, frozen, State(optimizer, post.init(trainable) if post else ())
 
+  def step(
+    trainable: Any, frozen: Any, state: State, batch: dict, key: jax.Array
+  ) -> tuple[Any, State, dict[str, jax.Array]]:
+    (value, weight, record), grads = gradient(trainable, frozen, batch, key)
+    if accumulate > 1:
+      record = jax.tree.map(lambda x: x / accumulate, record)
+    return finish(trainable, frozen, state, grads, value, weight, record)
+
+  return TrainStep(init, step)
+
+
+def _total(apply: Callable, loss: Callable) -> Callable:
   # The sum rather than the mean over targets: sums of parts add up to the sum of the batch.
   def total(params: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, tuple]:
     result = loss(apply, params, batch, key)
     value, aux = result if isinstance(result, tuple) else (result, {})
     weight = jnp.asarray(aux.get("weight", 1.0), value.dtype)
-    return value * weight, (weight, aux.get("record"))
+    return value * weight, (value * weight, weight, aux.get("record"))
 
-  def step(
-    trainable: Any, frozen: Any, state: State, batch: dict, key: jax.Array
-  ) -> tuple[Any, State, dict[str, jax.Array]]:
-    gradient = value_and_grad(total, has_aux=True)
+  return total
+
+
+def gradients(total: Callable, accumulate: int) -> Callable:
+  """A function `(trainable, frozen, batch, key) -> (aux, grads)` for a batch in parts, added up.
+
+  Args:
+    total: `(params, batch, key) -> (sum, aux)`; sums and aux of parts add up to the batch's.
+    accumulate: How many parts.
+
+  Raises:
+    ValueError: `accumulate` is less than 1, or (when it runs) does not divide the batch.
+  """
+  if accumulate < 1:
+    raise ValueError(f"accumulate={accumulate}: expected at least 1")
+  gradient = value_and_grad(total, has_aux=True)
+
+  def run(trainable: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[Any, Any]:
     if accumulate == 1:
-      (value, (weight, record)), grads = gradient(trainable, frozen, batch, key)
+      (_, aux), grads = gradient(trainable, frozen, batch, key)
     else:
-      (value, (weight, record)), grads = _accumulated(
-        gradient, trainable, frozen, batch, key, accumulate
-      )
-      record = jax.tree.map(lambda x: x / accumulate, record)
+      (_, aux), grads = _accumulated(gradient, trainable, frozen, batch, key, accumulate)
+    return aux, grads
+
+  return run
+
+
+def finisher(
+  tx: optax.GradientTransformation, clip: float | None, post: PostStep | None = None
+) -> Callable:
+  """What follows the gradients of a sum: the mean, the penalty, clipping, `tx`, the post-step.
+
+  Returns:
+    `(trainable, frozen, state, grads, value, weight, record) -> (trainable, state, metrics)`.
+
+  Raises:
+    ValueError: `clip` is not positive.
+  """
+  if clip is not None and not clip > 0:
+    raise ValueError(f"clip={clip}: expected a positive norm, or None for no clipping")
+
+  def finish(
+    trainable: Any, frozen: Any, state: State, grads: Any, value: Any, weight: Any, record: Any
+  ) -> tuple[Any, State, dict[str, jax.Array]]:
     count = jnp.where(weight > 0, weight, jnp.ones_like(weight))  # no target: no gradient, not NaN
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     value = value / count
@@ -107,7 +149,7 @@ def train_step(
     if clip is not None:
       factor = jnp.minimum(1.0, clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
       grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-    with _optax_dtypes():
+    with optax_dtypes():
       updates, optimizer = tx.update(grads, state.optimizer, trainable)
       new = optax.apply_updates(trainable, updates)
     after = state.post
@@ -118,11 +160,12 @@ def train_step(
       metrics["learning_rate"] = rates[0]
     return new, State(optimizer, after), metrics
 
-  return TrainStep(init, step)
+  return finish
 
 
 @contextlib.contextmanager
-def _optax_dtypes() -> Iterator[None]:
+def optax_dtypes() -> Iterator[None]:
+  """What optax runs in, whatever the caller's settings."""
   # Optax's own arithmetic mixes dtypes (`decay**count`), which strict promotion refuses.
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield
