@@ -69,7 +69,9 @@ def map_arrays(fn: Callable[[str, str | None, Any, str], Any], tree: Any, *, is_
 
   def visit(value: Any, kind: str, group: str | None, path: str) -> Any:
     if isinstance(value, Node):
-      new = {n: visit(v, value.kinds[n], value.group_of(n), f"{path}/{n}") for n, v in value.children()}
+      new = {
+        n: visit(v, value.kinds[n], value.group_of(n), f"{path}/{n}") for n, v in value.children()
+      }
       return value.replace(**new)
     if isinstance(value, Mapping):
       return {k: visit(v, kind, group, f"{path}/{k}" if path else str(k)) for k, v in value.items()}

@@ -69,9 +69,7 @@ def pissa(
     ([[0.0, 0.0], [0.0, 2.0]], [[9.0, 0.0], [0.0, 0.0]])
   """
   if iterations is not None and (type(iterations) is not int or iterations < 0):
-    raise ValueError(
-      f"iterations must be None or a whole number of at least 0, got {iterations!r}"
-    )
+    raise ValueError(f"iterations must be None or a whole number of at least 0, got {iterations!r}")
   factor = principal if iterations is None else functools.partial(randomized, iterations)
   return split(
     "pissa",
@@ -91,7 +89,7 @@ def pissa(
 
 
 def principal(matrix: jax.Array, rank: int, scaling: Any, key: Any) -> tuple[jax.Array, jax.Array]:
-  """a and b with scaling * a @ b the best approximation of that rank, each with half of S."""
+  """Factors with scaling * a @ b the best approximation of that rank, each with half of S."""
   u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
   return _halves(u, s, v, rank, scaling)
 
@@ -113,5 +111,5 @@ def randomized(
 
 
 def _halves(u: jax.Array, s: jax.Array, v: jax.Array, rank: int, scaling: Any) -> tuple:
-  root = jnp.sqrt(s[..., :rank] / jnp.expand_dims(scaling, -1))
+  root = jnp.sqrt(s[..., :rank] / scaling)
   return u[..., :rank] * root[..., None, :], root[..., :, None] * v[..., :rank, :]

@@ -1,5 +1,6 @@
 """LoRAs that start from a part of the weight, which the frozen weight then lacks."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,9 @@ from pelt_jax._site import Site
 from pelt_jax._transform import Transform
 from pelt_jax.methods._lora import on_lora
 from pelt_jax.nodes import LoraWeight, Residual
-from pelt_jax.nodes._matrix import as_matrix, from_pair, wide
+from pelt_jax.nodes._matrix import as_matrix, as_pair, from_pair, wide
 
-# (matrix (..., in, out), rank, scaling, key) -> a (..., in, rank), b (..., rank, out)
+# (matrix (batch, in, out), rank, scaling, key) -> a (batch, in, rank), b (batch, rank, out)
 Factor = Callable[[jax.Array, int, Any, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -36,23 +37,20 @@ def started(node: LoraWeight, factor: Factor, key: jax.Array) -> LoraWeight:
   """A LoRA over a plain weight that starts from factors of it."""
   kernel, stacked = strip(node.base), node.stacked
   matrix = as_matrix(jnp.asarray(kernel, wide(kernel)), node.axes, stacked)
-  scaling = jnp.asarray(node.scaling, matrix.dtype).reshape(*kernel.shape[:stacked], 1)
-  pair = factor(matrix, _rank(node), scaling, key)
+  scaling = jnp.asarray(node.scaling, matrix.dtype)
+  rank = as_pair(node.array("a"), node.array("b"), node.axes, stacked)[0].shape[-1]
+  one = lambda of: factor(of[0], rank, *of[1:])
+  for _ in range(stacked):  # layer by layer: a decomposition is larger than what is kept of it
+    one = functools.partial(jax.lax.map, one)
+  pair = one((matrix, scaling, jax.random.split(key, kernel.shape[:stacked])))
   pair = from_pair(*pair, node.axes, kernel.shape[stacked:], stacked)
   a, b = (
     meta.replace_boxed(old, jnp.asarray(new, strip(old).dtype))
     for old, new in zip((node.a, node.b), pair, strict=True)
   )
-  below = Residual(
-    None, a, b, node.scaling, axes=node.axes, group=None, stacked=stacked
-  ).of(node.base)
+  below = Residual(None, a, b, node.scaling, axes=node.axes, group=None, stacked=stacked).of(
+    node.base
+  )
   # Copies: a step that donates what trains must not take what stays.
   a, b = (jax.tree.map(jnp.copy, x) for x in (a, b))
   return node.replace(base=below, a=a, b=b)
-
-
-def _rank(node: LoraWeight) -> int:
-  kernel, _, factors = node.axes.partition(":")
-  letters = factors.partition(",")[0]
-  at = next(i for i, c in enumerate(letters) if c not in kernel)
-  return node.array("a").shape[node.stacked + at]

@@ -20,7 +20,7 @@ from pelt_jax.nodes._matrix import as_matrix, as_pair, wide
 
 
 class DoraWeight(Weight):
-  """`magnitude / n * base`, where n is the norm of every output's column: y = magnitude / n (x base).
+  """`magnitude / n * base`, n the norm of every output's column: y = magnitude / n (x base).
 
   The base is a weight with a change, W + scaling * a @ b. A product scales its outputs, so the
   change is not built there; nor for n, if it is a LoRA's. A column of zeros, which has no
@@ -93,7 +93,7 @@ class DoraWeight(Weight):
     return materialize(rebased(self.base, jnp.asarray(below, wide(below))))
 
   def _scale(self) -> jax.Array:
-    """magnitude / n; 1 where n is zero."""
+    """What outputs are multiplied with: magnitude / n, 1 where n is zero."""
     node = jax.lax.stop_gradient(self) if self.detach_norm else self
     squares = node._squares()
     some = squares > 0

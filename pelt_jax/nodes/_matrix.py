@@ -1,4 +1,4 @@
-"""Kernels of any axes as batches of matrices (batch, inputs, outputs), and their factors likewise."""
+"""Kernels of any axes as batches of matrices (batch, inputs, outputs), and factors of them."""
 
 import math
 from collections.abc import Iterable, Mapping

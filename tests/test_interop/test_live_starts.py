@@ -165,7 +165,9 @@ def test_dropout_under_a_magnitude_is_pefts(monkeypatch):
     )
     node = params["lin"]["kernel"]
     a = jnp.asarray(layer.lora_A.default.weight.detach().numpy().T)
-    node = node.replace(base=node.base.replace(a=a, b=jnp.asarray(move)), magnitude=node.magnitude + 1.5)
+    node = node.replace(
+      base=node.base.replace(a=a, b=jnp.asarray(move)), magnitude=node.magnitude + 1.5
+    )
     params["lin"]["kernel"] = node
     monkeypatch.setattr(nodes.Dropout, "__call__", lambda self, call, x: x * mask[None, None])
     got = pelt.bypass(model.apply)({"params": params}, IDS)
@@ -189,7 +191,9 @@ def test_one_step_of_lora_plus_is_pefts(dora):
   for parameter in theirs.parameters():
     if parameter.requires_grad:
       parameter.data += 0.3 * torch.randn_like(parameter)
-  rates = dict(lr=1e-2, loraplus_lr_ratio=4.0, loraplus_weight_decay=0.1, loraplus_lr_embedding=5e-3)
+  rates = dict(
+    lr=1e-2, loraplus_lr_ratio=4.0, loraplus_weight_decay=0.1, loraplus_lr_embedding=5e-3
+  )
   tx = create_loraplus_optimizer(theirs, torch.optim.AdamW, **rates)
   named = {n.replace(".default", ""): p for n, p in theirs.named_parameters() if p.requires_grad}
   with jax.enable_x64(True):

@@ -76,9 +76,7 @@ def test_what_peft_cannot_hold(tmp_path):
       peft.export(tmp_path / "no", adapted(model, base, method), model)
   tied, below = build("llama-tied-biased")
   with pytest.raises(ValueError, match="a tied head has magnitudes of its own"):
-    peft.export(
-      tmp_path / "no", adapted(tied, below, pelt.dora(2, targets="embedding")), tied
-    )
+    peft.export(tmp_path / "no", adapted(tied, below, pelt.dora(2, targets="embedding")), tied)
   assert not (tmp_path / "no").exists()
   for method, message in ((pelt.dora(2), "a DoraWeight"), (pelt.pissa(2), "lacks its start")):
     with pytest.raises(ValueError, match=message):

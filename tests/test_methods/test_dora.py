@@ -266,9 +266,9 @@ def test_rows_of_a_bank_choose_and_none_is_built():
   base = {"kernel": values((48, 64), 1)}
   members = []
   for i, rank in enumerate((1, 2)):
-    node = pelt.dora(rank, 4, targets="kernel").init(
-      jax.random.key(i), base, pelt.sites(model, x)
-    )["kernel"]
+    node = pelt.dora(rank, 4, targets="kernel").init(jax.random.key(i), base, pelt.sites(model, x))[
+      "kernel"
+    ]
     low = node.base.replace(b=values((rank, 64), i))
     members.append({"kernel": node.replace(base=low, magnitude=node.magnitude * (i + 2))})
   bank, rows = pelt.bank(members), jnp.array([1, 0, 0, 1])

@@ -26,7 +26,9 @@ def test_it_is_a_lora_of_which_b_alone_trains(tmp_path):
   np.testing.assert_array_equal(node.a, lora.a)  # drawn alike
   node, lora = (n.replace(b=values((2, 3), 2)) for n in (node, lora))
   rngs = {"dropout": jax.random.key(3)}
-  run = lambda n: pelt.bypass(model.apply)({"params": {"kernel": n}}, x, train_nodes=True, rngs=rngs)
+  run = lambda n: pelt.bypass(model.apply)(
+    {"params": {"kernel": n}}, x, train_nodes=True, rngs=rngs
+  )
   np.testing.assert_array_equal(run(node), run(lora))
   trainable, frozen = pelt.partition({"kernel": node})
   assert [v.shape for v in jax.tree.leaves(trainable)] == [(2, 3)]
