@@ -129,7 +129,7 @@ class Node(meta.AxisMetadata):
     return jnp.zeros((), jnp.float32)
 
   def group_of(self, name: str) -> str | None:
-    """The label of an own field: `group`, or that of a static `<name>_group` if there is one."""
+    """The label of one own field: `group`, or a static `<name>_group` of its own if that is set."""
     return self.group and (getattr(self, f"{name}_group", None) or self.group)
 
   def replace(self, **changes: Any) -> Self:

@@ -79,7 +79,7 @@ def olora(
 
 
 def basis(matrix: jax.Array, rank: int, scaling: Any, key: Any) -> tuple[jax.Array, jax.Array]:
-  """A and b of that rank, b orthonormal rows: a @ b is W in the space that they span."""
+  """Factors of that rank, b orthonormal rows: a @ b is W in the space that they span."""
   q, r = jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))
   turned = lambda x: jnp.swapaxes(x, -1, -2)
   return turned(r[..., :rank, :]), turned(q[..., :, :rank])

@@ -89,7 +89,7 @@ def pissa(
 
 
 def principal(matrix: jax.Array, rank: int, scaling: Any, key: Any) -> tuple[jax.Array, jax.Array]:
-  """A and b with scaling * a @ b the best approximation of that rank, each with half of S."""
+  """Factors with scaling * a @ b the best approximation of that rank, each with half of S."""
   u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
   return _halves(u, s, v, rank, scaling)
 
@@ -111,5 +111,5 @@ def randomized(
 
 
 def _halves(u: jax.Array, s: jax.Array, v: jax.Array, rank: int, scaling: Any) -> tuple:
-  root = jnp.sqrt(s[..., :rank] / jnp.expand_dims(scaling, -1))
+  root = jnp.sqrt(s[..., :rank] / scaling)
   return u[..., :rank] * root[..., None, :], root[..., :, None] * v[..., :rank, :]

@@ -1,5 +1,6 @@
 """LoRAs that start from a part of the weight, which the frozen weight then lacks."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,9 +38,12 @@ def started(node: LoraWeight, factor: Factor, key: jax.Array) -> LoraWeight:
   kernel, stacked = strip(node.base), node.stacked
   matrix = to_matrices(jnp.asarray(kernel, wide(kernel)), node.axes)
   scaling = jnp.asarray(node.scaling, matrix.dtype)
-  scaling = scaling.reshape(*scaling.shape, *(1,) * (matrix.ndim - 2 - stacked))  # of experts
   rank = to_pair(node.array("a"), node.array("b"), node.axes)[0].shape[-1]
-  pair = from_pair(*factor(matrix, rank, scaling, key), node.axes, kernel.shape)
+  one = lambda of: factor(of[0], rank, *of[1:])
+  for _ in range(stacked):  # layer by layer: a decomposition is larger than what is kept of it
+    one = functools.partial(jax.lax.map, one)
+  pair = one((matrix, scaling, jax.random.split(key, kernel.shape[:stacked])))
+  pair = from_pair(*pair, node.axes, kernel.shape)
   a, b = (
     meta.replace_boxed(old, jnp.asarray(new, strip(old).dtype))
     for old, new in zip((node.a, node.b), pair, strict=True)

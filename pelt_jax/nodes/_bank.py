@@ -158,10 +158,10 @@ def bank(members: Sequence[dict] | Mapping[str, dict]) -> dict:
     if path := other_base(tables[0], table):
       hint = ""
       if any(isinstance(lowest(t[path]), Residual) for t in (tables[0], table)):
-        hint = ". Their residuals are one base if they started alike, of the same rank and scaling"
+        hint = "; their residuals are one base if they started alike, of the same rank and scaling"
       raise ValueError(
         f"{which} have other values at {path!r} of the base: a bank serves adapters of one base"
-        + hint
+        f"{hint}"
       )
     for path, value in table.items():
       shapes = [tuple(v.shape) for v in (tables[0][path], value) if isinstance(v, Weight)]

@@ -93,7 +93,7 @@ class DoraWeight(Weight):
     return materialize(rebased(self.base, jnp.asarray(below, wide(below))))
 
   def _scale(self) -> jax.Array:
-    """Magnitude / n; 1 where n is zero."""
+    """What outputs are multiplied with: magnitude / n, 1 where n is zero."""
     node = jax.lax.stop_gradient(self) if self.detach_norm else self
     squares = node._squares()
     some = squares > 0

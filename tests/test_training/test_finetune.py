@@ -344,6 +344,24 @@ def test_any_method_over_4_bits(finetune, llama, tmp_path, method, more):
     assert all(loss.update > 0 and loss.error < 1e-6 for loss in losses.values())
 
 
+@LONG
+def test_b_learns_faster_by_the_ratio(finetune, bert, tmp_path):
+  """The first step's rate is zero, so at the second both runs have the same moments."""
+  nodes, data = [], sentiment(tmp_path)
+  for i, ratio in enumerate(("ratio=1", "ratio=8")):
+    out = tmp_path / str(i)
+    argv = arguments(out, bert, data, "classification", set=ratio, steps=2, batch=4)
+    assert ratio in finetune.main(argv)["settings"]["set"]
+    _, base = models.from_pretrained(
+      bert, task="classification", num_labels=2, key=jax.random.key(0)
+    )
+    tuned = pelt.load(out / "out" / "adapter", base)
+    nodes.append(next(n for n in every_node(tuned) if isinstance(n, pelt.nodes.LoraWeight)))
+  np.testing.assert_array_equal(nodes[1].a, nodes[0].a)
+  np.testing.assert_allclose(nodes[1].b, 8 * nodes[0].b, rtol=1e-5)
+  assert np.abs(nodes[0].b).max() > 0
+
+
 def test_chat(finetune, llama, tmp_path):
   data = tmp_path / "chat.jsonl"
   data.write_text((json.dumps({"messages": CHAT}) + "\n") * 6)
@@ -399,6 +417,9 @@ BAD = [
   ({"set": "rank=big"}, "--set rank=big: expected int"),
   ({"set": "rank=2.5"}, r"--set rank=2\.5: expected int"),
   ({"set": "rank"}, "--set rank: expected KEY=VALUE"),
+  ({"set": "ratio=0.5"}, r"--set ratio=0\.5: expected a number of at least 1"),
+  ({"set": "plus=true"}, "--set plus=true: say how much faster .* --set ratio=16"),
+  ({"method": "bitfit", "set": "ratio=2"}, "--set ratio: bitfit has no such option"),
   ({"set": "rank=0"}, "rank must be .* got 0"),
   ({"set": "targets=nothing"}, "nothing"),
   ({"method": "full", "quantize": "nf4"}, "--quantize nf4: --method full trains every weight"),
