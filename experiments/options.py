@@ -27,6 +27,14 @@ RATES = {
   "adapter_drop": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "mam": {"classification": 5e-4, "tagging": 5e-4, "lm": 5e-4, "seq2seq": 5e-4},
   "unipelt": {"classification": 5e-4, "tagging": 5e-4, "lm": 5e-4, "seq2seq": 5e-4},
+  # How far a step of one size moves a weight differs: vectors and factors of W want larger ones,
+  # and MiSS, whose a has entries of 1, smaller ones.
+  "ia3": {"classification": 8e-3, "tagging": 8e-3, "lm": 5e-3, "seq2seq": 3e-3},
+  "vera": {"classification": 1e-2, "tagging": 1e-2, "lm": 5e-3, "seq2seq": 5e-3},
+  "loha": {"classification": 5e-3, "tagging": 5e-3, "lm": 2e-3, "seq2seq": 2e-3},
+  "lokr": {"classification": 5e-3, "tagging": 5e-3, "lm": 2e-3, "seq2seq": 2e-3},
+  "miss": {"classification": 5e-4, "tagging": 5e-4, "lm": 2e-4, "seq2seq": 2e-4},
+  "hira": {"classification": 5e-3, "tagging": 5e-3, "lm": 2e-3, "seq2seq": 2e-3},
 }
 # An MLP moves all that it makes at once, so it wants small steps, and its head larger ones; an LSTM
 # wants larger ones than its head, and so do three small factors.

@@ -88,7 +88,8 @@ class _Plan:
 
   def _follows(self, place: Place) -> bool:
     """Whether it is a bias that its kernel's scale acts on, as in PEFT."""
-    return isinstance(self.kind, Ia3) and place.name == "bias" and self.nodes[place.path].shared
+    at_bias = isinstance(self.kind, Ia3) and place.name == "bias"
+    return at_bias and bool(self.nodes[place.path].shared)
 
   def _add(self, place: Place, node: Weight) -> None:
     problem = None
@@ -164,7 +165,6 @@ class _Plan:
       "inference_mode": True,
       "target_modules": self._targets(modules),
       "modules_to_save": sorted(self.saved) or None,
-      "init_weights": True,
       **({"fan_in_fan_out": conv} if self.kind.conv else {}),
       **self.rates,
       **self.options,

@@ -30,7 +30,7 @@ class Kind:
     training: options that act in training alone, and that no node has.
     conv: whether PEFT adapts GPT-2's Conv1D, which needs the option fan_in_fan_out.
     tables: whether it adapts embedding tables.
-    patterns: whether there is rank_pattern.
+    patterns: whether it has ranks by rank_pattern (HiRA has the option, and does not use it).
   """
 
   peft_type = ""
@@ -77,10 +77,11 @@ class Kind:
     raise NotImplementedError
 
   def ranked(self, ranks: Mapping[Place, int]) -> dict[str, Any]:
-    """`r`, and ranks that differ."""
+    """`r`, and ranks that differ; of all but IA3."""
     if not self.patterns and len(set(ranks.values())) > 1:
       raise ValueError(f"its matrices have ranks {sorted(set(ranks.values()))}, PEFT has one")
-    return patterned("r", "rank_pattern", {p.module: r for p, r in ranks.items()}, self.patterns)
+    by_module = {p.module: rank for p, rank in ranks.items()}
+    return patterned("r", "rank_pattern", by_module, self.patterns) | {"init_weights": True}
 
   # In.
 
@@ -132,7 +133,8 @@ class FamilyConfig(Config):
     self.dropout = float((raw.get(kind.rate) if kind.rate else None) or 0.0)
 
   def rank(self, name: str) -> int:
-    return int(self._of("rank_pattern", name, self.raw.get("r", self.kind.rank)))
+    rank = self.raw.get("r", self.kind.rank)
+    return int(self._of("rank_pattern", name, rank) if self.kind.patterns else rank)
 
   def scaling(self, name: str) -> float:
     return float(self._of("alpha_pattern", name, self.raw.get("alpha", 8))) / self.rank(name)

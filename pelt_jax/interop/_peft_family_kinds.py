@@ -166,9 +166,7 @@ class Lokr(Kind):
     "lokr_w2_b": "w2_a",
     "lokr_w2_a": "w2_b",
   }
-  known = frozenset(
-    {"alpha", "alpha_pattern", "use_effective_conv2d", "decompose_both", "decompose_factor"}
-  )
+  known = Loha.known | {"decompose_both", "decompose_factor", "rank_dropout_scale"}
   training = ("rank_dropout", "module_dropout")
   conv = False
   patterns = True
@@ -268,7 +266,6 @@ class Hira(Kind):
   known = frozenset({"hira_dropout"})
   rate = "hira_dropout"
   tables = True
-  patterns = True
 
   def rank_of(self, node: Any) -> int:
     return node.array("a").shape[-1]

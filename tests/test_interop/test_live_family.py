@@ -67,7 +67,8 @@ SMALL = {
   "miss mini": ("MISS", dict(BOTH, r=4, mini_r=2, init_weights="mini"), 16, False),
   "miss bat": ("MISS", dict(BOTH, r=2, init_weights="bat"), 36, False),
   "hira": ("HIRA", dict(target_modules=["lin", "lin2", "emb"], r=2), 102, False),
-  "hira conv": ("HIRA", dict(BOTH, r=2, rank_pattern={"lin2": 3}), 32 + 54, True),
+  # PEFT 0.21 does not look at HiRA's rank_pattern
+  "hira conv": ("HIRA", dict(BOTH, r=2, rank_pattern={"lin2": 3}), 68, True),
 }
 CONFIGS = {
   "IA3": hf_peft.IA3Config,
@@ -82,8 +83,6 @@ CONFIGS = {
 def adapted(name, folder):
   """A small torch model under PEFT, its trained tensors moved, saved in `folder`."""
   kind, options, trained, conv = SMALL[name]
-  if conv and kind == "LOHA":
-    raise ValueError(name)
   case = Case({}, conv=conv)
   model = make_values.torch_model(case)
   base = {f"base/{k}": v.numpy().copy() for k, v in model.state_dict().items()}
@@ -98,18 +97,14 @@ def adapted(name, folder):
   return case, base, made.eval(), tensors
 
 
-def again(case, folder):
-  """What PEFT computes with our folder; it makes VeRA's pair in float32, so that is put back."""
-  theirs = make_values.load_in_peft(case, folder).double()
+def exact(theirs, folder):
+  """PEFT makes VeRA's pair in float32 and reads ours into that; here it is as in the file."""
   for name, value in load_file(folder / TENSORS).items():
     if name.startswith("base_model.vera_"):
-      pair = dict(theirs.named_buffers())[f"{name}.default"]
-      assert pair.shape == value.shape
-      pair.data = torch.from_numpy(value)
-      for module in theirs.modules():
-        if hasattr(module, "vera_A") and module.vera_A is not None:
-          getattr(module, name.rpartition(".")[2])["default"] = pair
-  return make_values.outputs(theirs)
+      held = getattr(theirs.base_model, name.rpartition(".")[2])
+      assert held["default"].shape == value.shape
+      held["default"] = torch.from_numpy(value)
+  return theirs
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -145,7 +140,8 @@ def test_small_models_agree(name, tmp_path):
     key = key.replace(".modules_to_save.default", "").removesuffix(".default")
     error = np.abs(found[key] - parameter.grad.numpy()).max()
     assert error < 1e-12 * top, (key, error, top)
-  np.testing.assert_allclose(again(case, ours_at), want, rtol=0, atol=1e-12)
+  read_back = exact(make_values.load_in_peft(case, ours_at).double(), ours_at)
+  np.testing.assert_allclose(make_values.outputs(read_back), want, rtol=0, atol=1e-12)
   np.testing.assert_allclose(
     make_values.outputs(theirs.merge_and_unload()), want, rtol=0, atol=1e-12
   )
@@ -167,7 +163,7 @@ MODELS = [
 
 @pytest.mark.parametrize("number", range(len(MODELS)))
 def test_models_agree(number, tmp_path, lifted):
-  """Ours to PEFT and back, looped and scanned; PEFT makes VeRA's pair in float32."""
+  """Ours to PEFT and back, looped and scanned."""
   name, task, method = MODELS[number]
   base_folder, folder = tmp_path / "base", tmp_path / "adapter"
   reference(helpers.CONFIGS[name], task, torch.float64).save_pretrained(base_folder)
@@ -177,14 +173,13 @@ def test_models_agree(number, tmp_path, lifted):
     params = with_method(model, base, method, task == "classification")
     pelt.interop.peft.export(folder, params, model)
     config = json.loads((folder / "adapter_config.json").read_text())
-    theirs = in_peft(base_folder, task, folder).double()
+    theirs = exact(in_peft(base_folder, task, folder).double(), folder)
     want = output(theirs, ids)
     apply = jax.jit(pelt.bypass(model.apply))
     got = apply({"params": params}, ids)
-    close = 1e-6 if config["peft_type"] == "VERA" else 1e-9
-    helpers.close(got, want, close)
+    helpers.close(got, want, 1e-9)
     assert np.abs(got - apply({"params": base}, ids)).max() > 1e-3 * np.abs(want).max()
-    helpers.close(model.apply({"params": pelt.merge(params)}, ids), want, close)
+    helpers.close(model.apply({"params": pelt.merge(params)}, ids), want, 1e-9)
 
     read = pelt.interop.peft.load(folder, model, base)
     jax.tree.map(np.testing.assert_array_equal, pelt.partition(read)[0], pelt.partition(params)[0])

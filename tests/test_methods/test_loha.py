@@ -45,11 +45,15 @@ def test_formula_count_and_rank():
     w + (f["a1"] @ f["b1"]) * (f["a2"] @ f["b2"]), b), 192, 6) == 6  # fmt: skip
 
 
-def test_axes_codes_rows_files(tmp_path):
+def test_axes_rows_files(tmp_path):
   matrices.reads_axes(METHOD)
-  matrices.runs_over_codes(METHOD)
   matrices.serves_rows(METHOD)
   matrices.goes_through_files(METHOD, tmp_path)
+
+
+@pytest.mark.parity
+def test_codes_and_bfloat16():
+  matrices.runs_over_codes(METHOD)
   matrices.is_bfloat16(METHOD)
 
 

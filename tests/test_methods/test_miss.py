@@ -80,11 +80,16 @@ def test_formulas_counts_and_ranks():
 
 
 @ALL
-def test_axes_codes_rows_files(method, tmp_path):
+def test_axes_rows_files(method, tmp_path):
   matrices.reads_axes(method)
-  matrices.runs_over_codes(method)
   matrices.serves_rows(method)
   matrices.goes_through_files(method, tmp_path)
+
+
+@pytest.mark.parity
+@ALL
+def test_codes_and_bfloat16(method):
+  matrices.runs_over_codes(method)
   matrices.is_bfloat16(method)
 
 

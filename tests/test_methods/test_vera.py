@@ -49,11 +49,15 @@ def test_formula_count_and_rank():
   assert matrices.computes(METHOD, formula, 14, 4) == 4
 
 
-def test_axes_codes_rows_files(tmp_path):
+def test_axes_rows_files(tmp_path):
   matrices.reads_axes(METHOD)
-  matrices.runs_over_codes(METHOD)
   matrices.serves_rows(METHOD)
   matrices.goes_through_files(METHOD, tmp_path, shared=4 * 16)
+
+
+@pytest.mark.parity
+def test_codes_and_bfloat16():
+  matrices.runs_over_codes(METHOD)
   matrices.is_bfloat16(METHOD)
 
 
@@ -101,8 +105,8 @@ def test_one_pair_as_large_as_needed_serves_all_and_is_the_lora_of_its_slices():
     none = params["d"]["kernel"].replace(lambda_b=0 * half.lambda_b)
     run = lambda node: apply({"params": {**params, "d": {**params["d"], "kernel": node}}}, x)
     close(run(half) - run(none), (want - run(none)) / 2)
-  with pytest.raises(ValueError, match="waits for its pair"):
-    Two().apply({"params": params}, x)
+    with pytest.raises(ValueError, match="waits for its pair"):
+      Two().apply({"params": params}, x)
 
 
 def test_the_pair_is_drawn_from_the_seed_alone_and_uniformly():
@@ -150,16 +154,13 @@ def test_fold_keeps_the_pair_once_and_other_pairs_fit_no_bank():
 def test_dropout_acts_on_the_input_of_a_in_training():
   model, x, _, params = dense(pelt.vera(4, dropout=0.5, targets="kernel"))
   params, apply = moved(params), pelt.bypass(model.apply)
-  key = {"dropout": jax.random.key(0)}
   still = apply({"params": params}, x)
-  runs = [
-    apply({"params": params}, x, train_nodes=True, rngs={"dropout": jax.random.key(i)})
-    for i in range(400)
-  ]
-  assert jnp.abs(runs[0] - still).max() > 0.01
-  # the mean of 400 runs, whose entries have a standard deviation below 1
-  close(sum(runs) / 400, still, 0.25)
-  np.testing.assert_array_equal(apply({"params": params}, x, rngs=key), still)
+  run = lambda i: apply(
+    {"params": params}, x, train_nodes=True, rngs={"dropout": jax.random.key(i)}
+  )
+  assert jnp.abs(run(0) - still).max() > 0.01
+  # the mean of 2,000 runs, whose entries have a standard deviation below 1
+  close(jax.jit(jax.vmap(run))(jnp.arange(2000)).mean(0), still, 0.12)
 
 
 def test_bad_input():
