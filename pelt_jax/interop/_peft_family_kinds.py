@@ -9,6 +9,7 @@ import numpy as np
 
 from pelt_jax._node import GENERATORS
 from pelt_jax._walk import get_at
+from pelt_jax.interop._peft_family_adalora import Adalora
 from pelt_jax.interop._peft_family_kind import Arrays, FamilyConfig, Kind, alphas, layer_of
 from pelt_jax.interop._places import TABLE, Place
 from pelt_jax.methods._lokr import lokr_shapes
@@ -280,4 +281,5 @@ class Hira(Kind):
     return dict(zip(self.fields_of(place), ((rank, n_in), (n_out, rank)), strict=True))
 
 
-KINDS = {kind.peft_type: kind for kind in (Ia3(), Vera(), Loha(), Lokr(), Miss(), Hira())}
+_ALL = (Adalora(), Ia3(), Vera(), Loha(), Lokr(), Miss(), Hira())
+KINDS = {kind.peft_type: kind for kind in _ALL}

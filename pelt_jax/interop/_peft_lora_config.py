@@ -9,7 +9,7 @@ from pelt_jax.interop._peft_files import COMMON, complain
 from pelt_jax.interop._places import LINEAR, Place
 
 # Options that change the function. None of them is ignored: a file that sets one is refused.
-_REFUSED = {
+REFUSED = {
   "use_qalora": "QA-LoRA pools the input of A",
   "use_bdlora": "block-diagonal LoRA has factors of another form",
   "lora_bias": "it adds a bias to B",
@@ -26,7 +26,7 @@ _REFUSED = {
 # can be done again for those that are computed from the base alone.
 _PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal")
 _STARTS = ("pissa", "olora")
-_KNOWN = COMMON | {
+KNOWN = COMMON | {
   "r",
   "lora_alpha",
   "lora_dropout",
@@ -67,7 +67,7 @@ class Config:
   """
 
   def __init__(self, raw: dict[str, Any], file: pathlib.Path, strict: bool):
-    problems = [f"{k}={raw[k]!r}: {why}" for k, why in _REFUSED.items() if raw.get(k)]
+    problems = [f"{k}={raw[k]!r}: {why}" for k, why in REFUSED.items() if raw.get(k)]
     init = str(raw.get("init_lora_weights", True)).lower()
     if raw.get("use_dora") and raw.get("target_parameters"):
       problems.append("use_dora=True with target_parameters, which PEFT does not know")
@@ -82,7 +82,7 @@ class Config:
       problems.append(f"bias={raw['bias']!r}: expected 'none', 'lora_only' or 'all'")
     if problems:
       raise ValueError(f"{file} sets what cannot be read:\n  " + "\n  ".join(problems))
-    unknown = sorted(set(raw) - _KNOWN - set(_REFUSED))
+    unknown = sorted(set(raw) - KNOWN - set(REFUSED))
     complain(unknown, f"{file} has unknown fields that may change the function", strict)
     self.raw = raw
     self.start = init if init in _STARTS else None

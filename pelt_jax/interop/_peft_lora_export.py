@@ -271,7 +271,7 @@ def _alpha(f: Factors) -> float | int:
   return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _shortest(value: float, exact: Any, divisor: int = 1) -> float:
+def _shortest(value: float, exact: Any, divisor: float = 1) -> float:
   """The shortest decimal near `value` that gives `exact` again when divided and cast."""
   exact = np.asarray(exact)
   for digits in range(1, 18):
