@@ -27,6 +27,9 @@ RATES = {
   "adapter_drop": {"classification": 1e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "mam": {"classification": 5e-4, "tagging": 5e-4, "lm": 5e-4, "seq2seq": 5e-4},
   "unipelt": {"classification": 5e-4, "tagging": 5e-4, "lm": 5e-4, "seq2seq": 5e-4},
+  # These start from large parts of W.
+  "pissa": {"classification": 5e-4, "tagging": 5e-4, "lm": 2e-4, "seq2seq": 2e-4},
+  "olora": {"classification": 5e-4, "tagging": 5e-4, "lm": 2e-4, "seq2seq": 2e-4},
   # How far a step of one size moves a weight differs: vectors and factors of W want larger ones,
   # and MiSS, whose a has entries of 1, smaller ones.
   "ia3": {"classification": 8e-3, "tagging": 8e-3, "lm": 5e-3, "seq2seq": 3e-3},
@@ -169,7 +172,8 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
     args.epochs = args.epochs or EPOCHS[args.task]
   if args.head_lr is None and args.lr is None:
     args.head_lr = HEAD_RATES.get(args.method, {}).get(args.task)
-  args.lr = args.lr or RATES.get(args.method, OTHER_RATES)[args.task]
+  if args.lr is None:  # of LoRA+, b's rate is above LoRA's and a's below
+    args.lr = RATES.get(args.method, OTHER_RATES)[args.task] / (ratio_of(args) or 1) ** 0.5
   if args.batch % args.accumulate:
     raise ValueError(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
 
@@ -317,7 +321,8 @@ def scheduled(args: argparse.Namespace) -> bool:
 def ratio_of(args: argparse.Namespace) -> float | None:
   """LoRA+'s rate of b over that of a, for methods that have these."""
   found = next((s for s in args.set if s.startswith("ratio=")), None)
-  if found is None or "plus" not in inspect.signature(getattr(pelt, args.method)).parameters:
+  factory = getattr(pelt, args.method, None)
+  if found is None or factory is None or "plus" not in inspect.signature(factory).parameters:
     return None
   ratio = typed(found, found.partition("=")[2], float)
   if not ratio >= 1:

@@ -53,8 +53,17 @@ QUANTIZED = {
   "qlora": Recipe("qlora", ("rank=8", "alpha=8")),
   "qlora_merge_aware": Recipe("qlora", ("rank=8", "alpha=8", "merge_aware=true")),
 }
-# The budget of lora_all, found by AdaLoRA itself.
-FAMILY = {"adalora": Recipe("adalora", ("rank=12", "target_rank=8", "targets=all-linear"))}
+# Those beside LoRA that change every linear layer; AdaLoRA ends with the budget of lora_all.
+ALL = "targets=all-linear"
+FAMILY = {
+  "adalora": Recipe("adalora", ("rank=12", "target_rank=8", ALL)),
+  "lora_plus": Recipe("lora", ("rank=8", ALL, "ratio=16")),
+  "ia3": Recipe("ia3"),
+  "vera": Recipe("vera", ("rank=256", ALL)),
+} | {
+  name: Recipe(name, ("rank=8", ALL))
+  for name in ("dora", "pissa", "olora", "lora_fa", "loha", "lokr", "miss", "hira")
+}
 RECIPES = FAMILY | QUANTIZED | PLAIN | PROMPTS | WHOLE | ADAPTERS | NEW
 
 
