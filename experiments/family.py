@@ -60,10 +60,10 @@ def as_markdown(found: dict[str, dict]) -> str:
   ]
   for name, r in found.items():
     head = f", head {r['head_rate']:g}" if r["head_rate"] else ""
-    lines.append(
-      f"| {name} | {', '.join(r['set'])} | {r['rate']:g}{head} | {r['trainable']:,} | {r['stored']:,} "
-      f"| {r['step_gflop']:.1f} | {r['accuracy']:.4f} | {r['loss']:.4f} |"
-    )
+    counts = f"{r['trainable']:,} | {r['stored']:,} | {r['step_gflop']:.1f}"
+    scores = f"{r['accuracy']:.4f} | {r['loss']:.4f}"
+    options = ", ".join(r["set"])
+    lines.append(f"| {name} | {options} | {r['rate']:g}{head} | {counts} | {scores} |")
   note = "Heads are counted apart. One seed: differences below two points mean little."
   return "\n".join([*lines, "", note, ""])
 

@@ -91,7 +91,7 @@ def ia3(
       return params
     changes: dict[str, Any] = {f"{GENERATORS}/{name}": SharedScales(name=name)}
     for path, bias in beside.items():
-      letters = split(outputs[path].axes)[2]
+      letters = subscripts(outputs[path].axes)[2]
       more: dict[str, Any] = {"axes": f"{letters}:{letters}", "shared": name, "group": group}
       waiting = lambda x, s=bias, m=more: ScaledWeight(x, stacked=len(s.stacked), **m)
       changes[bias.path] = over(require(params, bias), waiting)
