@@ -56,8 +56,7 @@ class DoraWeight(Weight):
 
   def materialize(self) -> jax.Array:
     _refuse_dropout(self.dropout)
-    kernel, _, out = subscripts(self.axes)
-    return jnp.asarray(self._along(self._whole(), kernel, out), self.dtype)
+    return self._plain()
 
   def unmergeable(self) -> str | None:
     return self.base.unmergeable() if isinstance(self.base, Weight) else None
@@ -111,7 +110,11 @@ class DoraWeight(Weight):
       return self._along(product(eq, x, self.base, call, precision), after(outputs), out)
     if set(out) <= set(after(inputs)):  # a tied table read the other way
       return product(eq, self._along(x, after(inputs), out), self.base, call, precision)
-    return contract(eq, x, self.materialize(), precision)
+    return contract(eq, x, self._plain(), precision)
+
+  def _plain(self) -> jax.Array:
+    kernel, _, out = subscripts(self.axes)
+    return jnp.asarray(self._along(self._whole(), kernel, out), self.dtype)
 
   def _along(self, value: jax.Array, letters: str, out: str) -> jax.Array:
     """`value`, whose last axes are `letters`, times the scale, whose last axes are `out`."""

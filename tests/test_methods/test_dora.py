@@ -163,6 +163,17 @@ def test_any_product(name, float64):
   assert jnp.abs(got - jnp.einsum(eq, x, base["k"]["kernel"])).max() > 0.1
 
 
+def test_a_product_over_some_of_the_outputs(float64):
+  kernel, a, b = values((6, 2, 3), 0), values((6, 2), 1), values((2, 2, 3), 2)
+  node = over(kernel, a, b, 0.7, axes="dhk:d,hk", lora_axes="dhk:dr,rhk")
+  node = node.replace(magnitude=values((2, 3), 3) + 2)
+  x = values((4, 2), 4)
+  want = jnp.einsum("th,dhk->tdk", x, node.materialize())
+  np.testing.assert_allclose(node.einsum("th,dhk->tdk", x), want, rtol=0, atol=1e-13)
+  lengths = jnp.linalg.norm(node.materialize(), axis=0)
+  np.testing.assert_allclose(lengths, jnp.abs(node.magnitude), rtol=1e-13)
+
+
 def test_a_table_read_both_ways(float64):
   class Tied(nn.Module):
     @nn.compact

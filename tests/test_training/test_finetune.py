@@ -345,6 +345,29 @@ def test_any_method_over_4_bits(finetune, llama, tmp_path, method, more):
 
 
 @LONG
+@pytest.mark.parametrize(
+  ("method", "more"),
+  [
+    ("dora", {"quantize": "nf4", "set": "dropout=0.1"}),
+    ("pissa", {"scan": True}),
+    ("olora", {"dtype": "bfloat16"}),
+    ("lora_fa", {}),
+  ],
+)
+def test_loras_kin(finetune, llama, tmp_path, method, more):
+  data = tmp_path / "data.txt"
+  data.write_text("the cat saw the dog . the dog saw the cat .\n" * 40)
+  options = {"method": method, "length": 16, "lr": 0.02, **more}
+  report = finetune.main(arguments(tmp_path, llama, data, "lm", **options))
+  assert report["metric"]["after"] < report["metric"]["before"]
+  _, base = models.from_pretrained(llama, scan="scan" in more, dtype=more.get("dtype", "float32"))
+  tuned = pelt.load(tmp_path / "out" / "adapter", base)
+  counts = report["parameters"]
+  assert pelt.count(tuned).trainable == counts["trainable"] > 0
+  assert counts["rank"] == (8 if method != "dora" else 16)  # the model's width
+
+
+@LONG
 def test_b_learns_faster_by_the_ratio(finetune, bert, tmp_path):
   """The first step's rate is zero, so at the second both runs have the same moments."""
   nodes, data = [], sentiment(tmp_path)
