@@ -150,7 +150,7 @@ class FamilyConfig(Config):
 def layer_of(node: Any, field: str, place: Place) -> np.ndarray:
   """A field's array for one layer."""
   value = np.asarray(node.array(field))
-  return value if place.layer is None else value[place.layer]
+  return value if place.layer is None else np.asarray(value[place.layer])
 
 
 def rate_of(node: Any, place: Place) -> float:
