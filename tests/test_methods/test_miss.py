@@ -93,6 +93,7 @@ def test_codes_and_bfloat16(method):
   matrices.is_bfloat16(method)
 
 
+@pytest.mark.parity
 def test_scanned_layers():
   matrices.stacks(pelt.miss(4, targets=("attn/query", "attn/out")))
   matrices.stacks(pelt.miss(2, kind="bat", targets=("attn/value", "attn/out", "mlp/up")))
