@@ -54,6 +54,7 @@ def test_codes_and_bfloat16(method):
   matrices.is_bfloat16(method)
 
 
+@pytest.mark.parity
 def test_scanned_layers():
   matrices.stacks(pelt.hira(2, targets=("attn/value", "attn/out", "mlp/up")))
 

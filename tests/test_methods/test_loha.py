@@ -57,6 +57,7 @@ def test_codes_and_bfloat16():
   matrices.is_bfloat16(METHOD)
 
 
+@pytest.mark.parity
 def test_scanned_layers():
   matrices.stacks(pelt.loha(2, 3, targets=("attn/value", "attn/out", "mlp/up")))
 

@@ -70,8 +70,12 @@ def test_what_is_decomposed():
 
 def test_starts_as_the_base():
   matrices.starts_as_the_base(LOW, {"w1"})
-  matrices.starts_as_the_base(WHOLE, {"w1"})
   matrices.starts_as_the_base(SPLIT, {"w2_a"})
+
+
+@pytest.mark.parity
+def test_starts_as_the_base_however_it_is_cut():
+  matrices.starts_as_the_base(WHOLE, {"w1"})
   both = pelt.lokr(1, factor=5, decompose_both=True, targets="kernel")
   matrices.starts_as_the_base(both, {"w1_b"})
   matrices.starts_as_the_base(pelt.lokr(4, init="lycoris", targets="kernel"), {"w2"})
@@ -105,6 +109,7 @@ def test_codes_and_bfloat16(method):
   matrices.is_bfloat16(method)
 
 
+@pytest.mark.parity
 def test_scanned_layers():
   matrices.stacks(pelt.lokr(1, 3, targets=("attn/out", "mlp/up", "mlp/down")))
 

@@ -69,11 +69,11 @@ def test_formulas_counts_and_ranks():
   assert matrices.computes(MINI, mini, 8, 2) == 2
 
   def bat(w, b, f):
-    torch = np.asarray(w.T).copy()
+    torch, blocks = np.asarray(w.T).copy(), np.asarray(f["blocks"])
     for p in range(5):
       for q in range(3):
         one = torch[2 * p : 2 * p + 2, 2 * q : 2 * q + 2]
-        one += one @ f["blocks"][p] + f["blocks"][p]
+        one += one @ blocks[p] + blocks[p]
     return torch.T, b
 
   assert matrices.computes(BAT, bat, 20, 6) == 6
@@ -93,6 +93,7 @@ def test_codes_and_bfloat16(method):
   matrices.is_bfloat16(method)
 
 
+@pytest.mark.parity
 def test_scanned_layers():
   matrices.stacks(pelt.miss(4, targets=("attn/query", "attn/out")))
   matrices.stacks(pelt.miss(2, kind="bat", targets=("attn/value", "attn/out", "mlp/up")))

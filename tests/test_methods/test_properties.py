@@ -54,12 +54,7 @@ METHODS = {
     LAYERS * 2 * 2 * (4 * WIDTH + WIDTH + HIDDEN),
   ),
   "lokr": (pelt.lokr(1, targets=("attn/out", "mlp/up")), LAYERS * (4 + 6 + 4 + 7)),
-  "lokr, both": (
-    pelt.lokr(1, 3, factor=4, decompose_both=True, init="lycoris", targets="mlp/down"),
-    LAYERS * (4 + 2 + 2 + 3),
-  ),
   "miss": (pelt.miss(4, targets=("attn/query", "attn/out"), dropout=0.25), LAYERS * 8 * WIDTH),
-  "miss, mini": (pelt.miss(4, kind="mini", mini_rank=2, targets="mlp/up"), LAYERS * 8),
   "miss, bat": (pelt.miss(2, kind="bat", targets=("attn/value", "mlp/up")), LAYERS * 2 * 14),
   "hira": (
     pelt.hira(2, targets=("attn/value", "attn/out", "mlp/up")),
