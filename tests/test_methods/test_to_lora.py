@@ -208,11 +208,11 @@ def test_changes_below_the_rounding_of_16_bits_count():
 
 def test_rounding_has_no_rank():
   """A LoRA of rank 3 merged in float32: the sum's rounding is no change."""
-  below = 100 * values((40, 30), 0)
+  below = 5000 * values((40, 30), 0)
   site = leaf_site("w", (40, 30))
   merged = pelt.merge({"w": lora(below, 3, 1)})
   params, errors = pelt.to_lora(merged, 1.0, sites=(site,), base={"w": below})
-  assert params["w"].a.shape == (40, 3) and errors["w"] < 1e-4
+  assert params["w"].a.shape == (40, 3) and 1e-5 < errors["w"] < 1e-2
 
 
 def test_over_4_bits():
