@@ -28,6 +28,8 @@ METHODS = {
   "qlora": ("qlora", "rank=16", "alpha=32"),
   "qlora_merge_aware": ("qlora", "rank=16", "alpha=32", "merge_aware=true"),
   "adalora": ("adalora", "rank=24", "target_rank=16", "alpha=48"),
+  "dora": ("dora", "rank=16", "alpha=32", "targets=all-linear"),
+  "miss": ("miss", "rank=32", "targets=all-linear"),
   "prefix_tuning": ("prefix_tuning", "length=20"),
   "prompt_tuning": ("prompt_tuning", "length=20"),
   "parallel": ("adapter", "style=scaled_parallel", "bottleneck=64"),
