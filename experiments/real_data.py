@@ -14,7 +14,7 @@ import json
 import pathlib
 
 import finetune
-from recipes import ADAPTERS, LENGTHS, PROMPTS, tasks
+from recipes import ADAPTERS, FAMILY, LENGTHS, PROMPTS, tasks
 from reporting import as_names, write
 
 CLOZE = {
@@ -28,7 +28,7 @@ def jobs(args: argparse.Namespace) -> dict[str, list[str]]:
   files = tasks(pathlib.Path(args.data))
   minilm = ["--model", str(args.minilm), "--epochs", "2", "--batch", "32"]
   made = {}
-  for name, recipe in (PROMPTS | ADAPTERS).items():
+  for name, recipe in (PROMPTS | ADAPTERS | {"adalora": FAMILY["adalora"]}).items():
     room = LENGTHS["sst2"] + recipe.room
     made[f"sst2-{name}"] = [*minilm, *files["sst2"], *recipe.arguments(), "--length", str(room)]
   deep = ["--method", "p_tuning_v2", "--set", "length=50", "--length", str(LENGTHS["wnut17"])]
