@@ -63,7 +63,7 @@ class Ia3(Kind):
       bias = f"{path.rpartition('/')[0]}/bias"
       if not _at_inputs(node) and (leaf := get_at(base, bias)) is not None:
         found[path] = node.replace(shared=name)
-        found[bias] = ScaledWeight(leaf, axes="o:o", shared=name, stacked=node.stacked)
+        found[bias] = ScaledWeight(leaf, None, "o:o", shared=name, stacked=node.stacked)
     return found | ({f"{GENERATORS}/{name}": SharedScales(name=name)} if found else {})
 
 
@@ -175,11 +175,12 @@ class Lokr(Kind):
   def options(self, at: Mapping[Place, Any]) -> dict[str, Any]:
     cut = {p: {f: node.array(f).shape[-2:] for f in _held(node)} for p, node in at.items()}
     both = any("w1_a" in shapes for shapes in cut.values())
-    firsts = {shapes.get("w1", shapes.get("w1_a"))[0] for shapes in cut.values()}
-    firsts |= {shapes.get("w1", shapes.get("w1_b"))[1] for shapes in cut.values()}
+    sides = (("w1", 0), ("w1", 1), ("w1_a", 0), ("w1_b", 1))
+    firsts = {shapes[f][i] for shapes in cut.values() for f, i in sides if f in shapes}
     for factor in (-1, *sorted(firsts)):
-      ranks = {p: _rank_of(p.shape, shapes, factor, both) for p, shapes in cut.items()}
-      if None not in ranks.values():
+      found = {p: _rank_of(p.shape, shapes, factor, both) for p, shapes in cut.items()}
+      ranks = {p: rank for p, rank in found.items() if rank is not None}
+      if len(ranks) == len(at):
         more = {"decompose_both": both, "decompose_factor": factor}
         return self.ranked(ranks) | alphas(at, ranks) | more
     raise ValueError("its matrices are cut in ways that no single decompose_factor gives")
@@ -187,7 +188,8 @@ class Lokr(Kind):
   def shapes(self, config: FamilyConfig, place: Place) -> dict[str, tuple[int, ...]]:
     factor = config.raw.get("decompose_factor", -1)
     both = bool(config.raw.get("decompose_both"))
-    ours = lokr_shapes(*place.shape, config.rank(place.module), factor, both)
+    n_in, n_out = place.shape
+    ours = lokr_shapes(n_in, n_out, config.rank(place.module), factor, both)
     return {suffix: ours[f][::-1] for suffix, f in self.fields.items() if f in ours}
 
 
@@ -198,7 +200,7 @@ def _held(node: LokrWeight) -> list[str]:
 def _rank_of(size: tuple[int, ...], cut: dict, factor: int, both: bool) -> int | None:
   """The rank for which PEFT cuts a matrix so; where nothing is decomposed, one large enough."""
   inner = next((cut[f][1] for f in ("w2_a", "w1_a") if f in cut), max(size))
-  return inner if lokr_shapes(*size, inner, factor, both) == cut else None
+  return inner if lokr_shapes(size[0], size[1], inner, factor, both) == cut else None
 
 
 class Miss(Kind):

@@ -63,7 +63,8 @@ def loha(
     keys = jax.random.split(key, 3)
     return LohaWeight(
       leaf,
-      axes=matrix.axes,
+      None,
+      matrix.axes,
       a1=matrix.boxed(leaf, matrix.uniform(keys[0], (n_in, rank), n_in, kind), "ir"),
       b1=matrix.boxed(leaf, matrix.uniform(keys[1], (rank, n_out), rank, kind), "ro"),
       a2=matrix.boxed(leaf, matrix.full((n_in, rank), 0, kind), "ir"),

@@ -83,7 +83,8 @@ def lokr(
     }
     return LokrWeight(
       leaf,
-      axes=matrix.axes,
+      None,
+      matrix.axes,
       **{name: matrix.boxed(leaf, value, "mn") for name, value in made.items()},
       scaling=matrix.full((), (rank if alpha is None else alpha) / rank, wide),
       group=group,

@@ -80,6 +80,8 @@ def vera(
         matrix.axes,
         lambda_b=matrix.boxed(leaf, matrix.full((matrix.outputs,), 0, kind), "o"),
         lambda_d=matrix.boxed(leaf, matrix.full((rank,), d_initial, kind), "r"),
+        a=None,
+        b=None,
         pair=name,
         inputs=matrix.inputs,
         group=group,

@@ -1,7 +1,7 @@
 """Weights whose outputs, or inputs, are scaled one by one (IA3, arXiv:2205.05638)."""
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -85,24 +85,21 @@ class SharedScales(Generator):
 
   def expand(self, params: dict) -> dict:
     leaves = dict(walk(params))
+    served = {path: [n for n in every_node(v) if self._serves(n)] for path, v in leaves.items()}
     scales = {
       path.rpartition("/")[0]: node.scale
-      for path, leaf in leaves.items()
-      for node in every_node(leaf)
-      if self._serves(node) and node.scale is not None
+      for path, nodes in served.items()
+      for node in nodes
+      if node.scale is not None
     }
 
-    def filled(path: str, leaf: Any) -> Any:
-      fill = lambda node: node.replace(scale=node.scale if node.scale is not None else scale)
-      scale = scales.get(path.rpartition("/")[0])
-      return map_nodes(lambda node: fill(node) if self._serves(node) else node, leaf)
+    def filled(path: str) -> Any:
+      scale = scales[path.rpartition("/")[0]]
+      waits = lambda node: self._serves(node) and node.scale is None
+      return map_nodes(lambda n: n.replace(scale=scale) if waits(n) else n, leaves[path])
 
-    waiting = {
-      path: leaf
-      for path, leaf in leaves.items()
-      if any(self._serves(node) and node.scale is None for node in every_node(leaf))
-    }
-    return update_at(params, {path: filled(path, leaf) for path, leaf in waiting.items()})
+    waiting = (path for path, nodes in served.items() if any(n.scale is None for n in nodes))
+    return update_at(params, {path: filled(path) for path in waiting})
 
-  def _serves(self, node: Any) -> bool:
+  def _serves(self, node: Any) -> TypeGuard[ScaledWeight]:
     return isinstance(node, ScaledWeight) and node.shared == self.name
