@@ -192,16 +192,18 @@ def main() -> None:
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
   training.keep_freed_memory()  # as the main job does; it serves all sides
+  load = [os.getloadavg()[0]]
   apply, member = built(args.config, args.layers)
   members = [member(i) for i in range(max(args.jobs))]
   serving = served(apply, members[:SERVED], args.pairs)
   each = [
     trained(apply, members[:n], pairs) for n, pairs in zip(args.jobs, args.step_pairs, strict=True)
   ]
+  load.append(os.getloadavg()[0])
   today = datetime.date.today().isoformat()
   cores = len(os.sched_getaffinity(0))
   versions = {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax")}
-  about = {"date": today, "cores": cores, "layers": args.layers, "versions": versions}
+  about = {"date": today, "cores": cores, "layers": args.layers, "load": load, "versions": versions}
   results = about | {"pairs": args.pairs, "serving": serving, "training": each}
   write(args.out / "bench_many.json", json.dumps(results, indent=1) + "\n")
   lines = [
@@ -239,7 +241,9 @@ def main() -> None:
     "batch do not fit the cache."
   )
   lines.append("; ".join(f"{k} {v}" for k, v in versions.items()))
-  lines.append(f"{today}, {cores} core{'s' * (cores > 1)}.")
+  lines.append(
+    f"{today}, {cores} core{'s' * (cores > 1)}; load on the machine {load[0]:.0f}–{load[1]:.0f}."
+  )
   write(args.out / "bench_many.md", "\n".join(lines) + "\n")
   print("\n".join(lines))
 

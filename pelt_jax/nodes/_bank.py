@@ -314,8 +314,7 @@ def _stack(nodes: Sequence[Any], axis: int, path: str) -> Any:
   def join(*arrays: jax.Array | np.ndarray) -> jax.Array:
     shape = tuple(max(s) for s in zip(*(jnp.shape(a) for a in arrays), strict=True))
     missing = lambda a: [(0, n - m) for n, m in zip(shape, jnp.shape(a), strict=True)]
-    return jnp.stack(
-      [jnp.pad(a, missing(a), constant_values=fill) if shape else a for a in arrays], axis=axis
-    )
+    whole = lambda a: a if jnp.shape(a) == shape else jnp.pad(a, missing(a), constant_values=fill)
+    return jnp.stack([whole(a) for a in arrays], axis=axis)
 
   return jax.tree.map(join, *nodes)

@@ -62,7 +62,7 @@ class Sweep(NamedTuple):
     return self.trials[self.best]
 
   def table(self) -> str:
-    """The runs as lines of a Markdown table, longest and best first, and what they took."""
+    """The runs as lines of a Markdown table, the winner first, and what they took together."""
     names = list(dict.fromkeys(name for trial in self.trials for name in trial.options))
     lines = [
       f"| {' | '.join(names)} | stopped after | {self.metric} |",
