@@ -3,7 +3,7 @@
   python experiments/sweep.py --model MINILM_FOLDER --data DATA_FOLDER --out runs/sweep
   python experiments/sweep.py ... --smoke          # a minute: few rows, few steps
 
-LoRA of rank 8 with a head, the recipe of trec.py: three epochs, batch 32, warm-up, linear decay,
+LoRA of rank 8 with a head, the recipe of trec.py (three epochs, or as many as said): batch 32, warm-up, linear decay,
 clipping. A tenth of the training file is held out and chooses; the test file only tells. The sweep
 with early stopping is followed by one in which all rates run to the end, which shows what was
 missed. Writes results.json, results.md and a picture of each.
@@ -58,6 +58,7 @@ def main() -> None:
   parser.add_argument("--data", type=pathlib.Path, required=True, help="folder that holds trec/")
   parser.add_argument("--rates", type=float, nargs="+", default=RATES)
   parser.add_argument("--keep", type=float, default=1 / 3, help="share that goes on at a rung")
+  parser.add_argument("--epochs", type=int, default=RECIPE["epochs"])
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--smoke", action="store_true", help="does it run?")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/sweep"))
@@ -78,7 +79,7 @@ def main() -> None:
   sites = pelt.sites(model, ids, np.ones_like(ids))
   lengths = training.buckets(*rows.values())[-1 if args.smoke else 0 :]
   loader = lambda: training.Loader(rows["train"], RECIPE["batch"], args.seed, lengths)
-  steps = 3 if args.smoke else RECIPE["epochs"] * loader().steps_per_epoch
+  steps = 3 if args.smoke else args.epochs * loader().steps_per_epoch
   warmup = max(1, round(WARMUP * steps))
 
   def adamw(learning_rate):
@@ -130,14 +131,18 @@ def main() -> None:
   stopped, early = run(keep=args.keep)
   rungs = [step for step, _ in stopped.winner.scores if step < steps]
   every, whole = run(keep=1, rungs=rungs)
-  results = {"recipe": RECIPE | {"seed": args.seed}, "early": early, "whole": whole}
+  results = {
+    "recipe": RECIPE | {"epochs": args.epochs, "seed": args.seed},
+    "early": early,
+    "whole": whole,
+  }
   write(args.out / "results.json", json.dumps(results, indent=1) + "\n")
   for name, found in (("early", stopped), ("whole", every)):
     found.plot(args.out / f"{name}.png")
   best = max(trial["test_accuracy"] for trial in whole["trials"])
   lines = [
     "# Learning rates of LoRA on TREC with MiniLM\n",
-    f"Made by `experiments/sweep.py`, seed {args.seed}; accuracy on held-out training rows.\n",
+    f"Made by `experiments/sweep.py`, {args.epochs} epochs, seed {args.seed}; accuracy on held-out training rows.\n",
     f"## Stopped early\n\n{stopped.table()}\n",
     f"The winner's accuracy on the test set: {early['test_accuracy']:.4f}. "
     f"{early['seconds']:.0f} s, of which compiling {early['compile_s']:.0f} s.\n",
