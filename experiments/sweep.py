@@ -3,10 +3,10 @@
   python experiments/sweep.py --model MINILM_FOLDER --data DATA_FOLDER --out runs/sweep
   python experiments/sweep.py ... --smoke          # a minute: few rows, few steps
 
-LoRA of rank 8 with a head, the recipe of trec.py (three epochs, or as many as said): batch 32, warm-up, linear decay,
-clipping. A tenth of the training file is held out and chooses; the test file only tells. The sweep
-with early stopping is followed by one in which all rates run to the end, which shows what was
-missed. Writes results.json, results.md and a picture of each.
+LoRA of rank 8 with a head, the recipe of trec.py: three epochs unless another number is said, batch
+32, warm-up, linear decay, clipping. A tenth of the training file is held out and chooses; the test
+file only tells. The sweep with early stopping is followed by one in which all rates run to the end,
+which shows what was missed. Writes results.json, results.md and a picture of each.
 """
 
 import argparse
@@ -142,7 +142,8 @@ def main() -> None:
   best = max(trial["test_accuracy"] for trial in whole["trials"])
   lines = [
     "# Learning rates of LoRA on TREC with MiniLM\n",
-    f"Made by `experiments/sweep.py`, {args.epochs} epochs, seed {args.seed}; accuracy on held-out training rows.\n",
+    f"Made by `experiments/sweep.py`, {args.epochs} epochs, seed {args.seed}; accuracy on held-out "
+    "training rows.\n",
     f"## Stopped early\n\n{stopped.table()}\n",
     f"The winner's accuracy on the test set: {early['test_accuracy']:.4f}. "
     f"{early['seconds']:.0f} s, of which compiling {early['compile_s']:.0f} s.\n",
