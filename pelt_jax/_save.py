@@ -218,6 +218,8 @@ def _build(node: dict, path: str, arrays: dict, below: Any) -> Node:
   fields = {n: value(e) for n, e in node["fields"].items()}
   built = cls(**fields, **{n: _static(v) for n, v in node["static"].items()})
   if any(e == "derived" for e in node["fields"].values()):
+    if below is None:
+      raise ValueError(f"the adapter has a node over {path!r}, and the base has no such leaf")
     try:
       built = built.rebuild(below)
     except ValueError as error:

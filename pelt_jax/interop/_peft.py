@@ -118,7 +118,7 @@ def load(
 
   **LoRA.** Names of modules, ranks, alphas and saved modules follow PEFT's own rules.
   Magnitudes of DoRA come along. Of PiSSA's and OLoRA's folders that were saved as they trained, the
-  base is decomposed again, in float32, as PEFT does, and must be plain; a start that was drawn at
+  base is decomposed again, as PEFT does, and must be plain; a start that was drawn at
   random (`pissa_niter_4`) cannot be found again and is refused.
   `modules_to_save` and biases become `Tuned` leaves, `lora_dropout` a node's dropout. The layers of
   a scanned model are stacked; missing ranks are filled with zeros on both sides, which stay zero in

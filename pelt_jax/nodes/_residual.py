@@ -57,6 +57,14 @@ class Residual(Weight):
       raise ValueError(
         f"it is a {type(strip(source)).__name__} here, and its residual is of the plain weight"
       )
+    (kernel, *letters), lead = _subscripts(self.axes), self.stacked
+    pair = zip(letters, (self.array("a").shape, self.array("b").shape), strict=True)
+    size = {c: n for axes, shape in pair for c, n in zip(axes, shape[lead:], strict=True)}
+    had, shape = tuple(size[c] for c in kernel), tuple(strip(source).shape)
+    if shape[lead:] != had:
+      raise ValueError(
+        f"it had shape {had} when its residual was taken, here it has {shape[lead:]}"
+      )
     made = self.of(source)
     if not bool(jnp.array_equal(made.source, self.source)):
       raise ValueError(

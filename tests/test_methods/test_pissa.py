@@ -143,6 +143,10 @@ def test_saved_and_loaded_bit_for_bit(name, tmp_path):
     assert error < (1e-6 if dtype == jnp.float32 else 2e-2)
     with pytest.raises(ValueError, match="saved for another base: 'kernel': it holds other values"):
       pelt.load(folder, {"kernel": kernel.at[3, 4].add(1)})
+    with pytest.raises(ValueError, match=r"had shape \(33, 20\) .* here it has \(20, 33\)"):
+      pelt.load(folder, {"kernel": kernel.T})
+    with pytest.raises(ValueError, match="the base has no such leaf"):
+      pelt.load(folder, {})
     coded = pelt.nf4(targets="kernel").init(jax.random.key(0), {"kernel": kernel}, sites)
     with pytest.raises(ValueError, match="it is a NF4Weight here"):
       pelt.load(folder, coded)
