@@ -205,7 +205,7 @@ def _inner(cut: Mapping[str, tuple[int, ...]]) -> int | None:
 def _rank_of(
   size: tuple[int, ...], cut: Mapping, factor: int, both: bool, others: list[int]
 ) -> int | None:
-  """A rank for which PEFT cuts a matrix so; where nothing is decomposed, another matrix's serves."""
+  """A rank for which PEFT cuts a matrix so; where nothing is decomposed, another one serves."""
   own = _inner(cut)
   tries = [*others, max(size)] if own is None else [own]
   fits = (r for r in tries if lokr_shapes(size[0], size[1], r, factor, both) == cut)
