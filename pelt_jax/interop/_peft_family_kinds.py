@@ -119,7 +119,7 @@ class Vera(Kind):
       )
     rank = config.rank("")
     n_in = max(node.inputs for node in nodes.values())
-    n_out = max(node.lambda_b.shape[-1] for node in nodes.values())
+    n_out = max(node.array("lambda_b").shape[-1] for node in nodes.values())
     expected = dict(zip(self.names(), ((rank, n_in), (n_out, rank)), strict=True))
     a, b = (jnp.asarray(tensors.read(name, shape).T) for name, shape in expected.items())
     return {f"{GENERATORS}/000_vera": VeraPair(a, b, name="000_vera")}
@@ -177,8 +177,9 @@ class Lokr(Kind):
     both = any("w1_a" in shapes for shapes in cut.values())
     sides = (("w1", 0), ("w1", 1), ("w1_a", 0), ("w1_b", 1))
     firsts = {shapes[f][i] for shapes in cut.values() for f, i in sides if f in shapes}
+    inner = sorted({rank for shapes in cut.values() if (rank := _inner(shapes)) is not None})
     for factor in (-1, *sorted(firsts)):
-      found = {p: _rank_of(p.shape, shapes, factor, both) for p, shapes in cut.items()}
+      found = {p: _rank_of(p.shape, s, factor, both, inner) for p, s in cut.items()}
       ranks = {p: rank for p, rank in found.items() if rank is not None}
       if len(ranks) == len(at):
         more = {"decompose_both": both, "decompose_factor": factor}
@@ -197,10 +198,19 @@ def _held(node: LokrWeight) -> list[str]:
   return [f for f in Lokr.fields.values() if getattr(node, f) is not None]
 
 
-def _rank_of(size: tuple[int, ...], cut: dict, factor: int, both: bool) -> int | None:
-  """The rank for which PEFT cuts a matrix so; where nothing is decomposed, one large enough."""
-  inner = next((cut[f][1] for f in ("w2_a", "w1_a") if f in cut), max(size))
-  return inner if lokr_shapes(size[0], size[1], inner, factor, both) == cut else None
+def _inner(cut: Mapping[str, tuple[int, ...]]) -> int | None:
+  """The rank of what is decomposed, None where nothing is."""
+  return next((cut[f][1] for f in ("w2_a", "w1_a") if f in cut), None)
+
+
+def _rank_of(
+  size: tuple[int, ...], cut: Mapping, factor: int, both: bool, others: list[int]
+) -> int | None:
+  """A rank for which PEFT cuts a matrix so; where nothing is decomposed, another one serves."""
+  own = _inner(cut)
+  tries = [*others, max(size)] if own is None else [own]
+  fits = (r for r in tries if lokr_shapes(size[0], size[1], r, factor, both) == cut)
+  return next(fits, None)
 
 
 class Miss(Kind):
