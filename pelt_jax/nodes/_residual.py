@@ -10,7 +10,7 @@ from flax.core import meta
 from pelt_jax._node import Weight, derived, extra, static, strip
 from pelt_jax._save import fingerprint
 from pelt_jax.nodes._axes import from_matrices, to_matrices, to_pair, wide
-from pelt_jax.nodes._lora import factor_specs
+from pelt_jax.nodes._lora import factor_specs, subscripts
 
 
 class Residual(Weight):
@@ -57,7 +57,7 @@ class Residual(Weight):
       raise ValueError(
         f"it is a {type(strip(source)).__name__} here, and its residual is of the plain weight"
       )
-    (kernel, *letters), lead = _subscripts(self.axes), self.stacked
+    (kernel, *letters), lead = subscripts(self.axes), self.stacked
     pair = zip(letters, (self.array("a").shape, self.array("b").shape), strict=True)
     size = {c: n for axes, shape in pair for c, n in zip(axes, shape[lead:], strict=True)}
     had, shape = tuple(size[c] for c in kernel), tuple(strip(source).shape)
