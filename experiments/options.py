@@ -17,6 +17,8 @@ RATES = {
   "full": {"classification": 5e-5, "tagging": 5e-5, "lm": 5e-5, "seq2seq": 5e-5},
   "bitfit": {"classification": 2e-3, "tagging": 2e-3, "lm": 1e-3, "seq2seq": 1e-3},
   "lora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
+  "dora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
+  "lora_fa": {"classification": 4e-3, "tagging": 4e-3, "lm": 2e-3, "seq2seq": 2e-3},
   "adalora": {"classification": 5e-3, "tagging": 5e-3, "lm": 5e-3, "seq2seq": 5e-3},
   "qlora": {"classification": 2e-3, "tagging": 1e-3, "lm": 5e-4, "seq2seq": 5e-4},
   "prompt_tuning": {"classification": 3e-2, "tagging": 3e-2, "lm": 1e-2, "seq2seq": 3e-2},
