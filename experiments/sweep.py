@@ -142,8 +142,8 @@ def main() -> None:
   best = max(trial["test_accuracy"] for trial in whole["trials"])
   lines = [
     "# Learning rates of LoRA on TREC with MiniLM\n",
-    f"Made by `experiments/sweep.py`, {args.epochs} epoch(s), seed {args.seed}; accuracy on held-out "
-    "training rows.\n",
+    f"Made by `experiments/sweep.py`, {args.epochs} epoch(s), seed {args.seed}; accuracy on "
+    "held-out training rows.\n",
     f"## Stopped early\n\n{stopped.table()}\n",
     f"The winner's accuracy on the test set: {early['test_accuracy']:.4f}. "
     f"{early['seconds']:.0f} s, of which compiling {early['compile_s']:.0f} s.\n",

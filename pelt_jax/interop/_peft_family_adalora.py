@@ -21,11 +21,9 @@ class Adalora(Kind):
   nodes = (SvdWeight,)
   fields: ClassVar[Mapping[str, str]] = {"lora_A": "a", "lora_E": "lam", "lora_B": "b"}
   rank = 12
-  known = (
-    KNOWN
-    | REFUSED.keys()
-    | {"init_r", "target_r", "tinit", "tfinal", "deltaT"}
-    | {"beta1", "beta2", "orth_reg_weight", "total_step"}
+  known = frozenset(
+    {*KNOWN, *REFUSED, "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"}
+    | {"orth_reg_weight", "total_step"}
   )
   rate = "lora_dropout"
 

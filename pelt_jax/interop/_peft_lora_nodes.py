@@ -57,8 +57,8 @@ def lora_node(
   below = leaf
   if start is not None:
     first = _joined(_started(leaf, pairs, start), lead)
-    before = (boxed(x, axes) for x, axes in zip(first, letters[1:], strict=False))
-    below = Residual(None, *before, scaling, group=None, **common).of(leaf)
+    first_a, first_b = (boxed(x, axes) for x, axes in zip(first[:2], letters[1:], strict=True))
+    below = Residual(None, first_a, first_b, scaling, None, group=None, **common).of(leaf)
   node = LoraWeight(below, boxed(a, letters[1]), boxed(b, letters[2]), scaling, dropout, **common)
   if some.magnitude is None:
     return node

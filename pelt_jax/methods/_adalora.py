@@ -169,5 +169,5 @@ def adalora(
     return rewrapped(params, changes.init(key, params, sites), svd)
 
   schedule = Schedule(steps, warmup, final, interval, float(target_rank), decay)
-  post = allocator(schedule, tuple(betas), score, ties, sensitivity)
+  post = allocator(schedule, (betas[0], betas[1]), score, ties, sensitivity)
   return Transform(initialize, None if group is None else post)

@@ -84,7 +84,8 @@ def dora(
     batch, inputs, outputs = letters(node.axes)
     made = DoraWeight(
       node.replace(dropout=None),
-      dropout=node.dropout,
+      None,
+      node.dropout,
       axes=f"{kernel}:{batch}{inputs},{batch}{outputs}",
       detach_norm=detach_norm,
       group=B_GROUP if plus and group is not None else group,

@@ -39,18 +39,17 @@ def started(node: LoraWeight, factor: Factor, key: jax.Array) -> LoraWeight:
   matrix = to_matrices(jnp.asarray(kernel, wide(kernel)), node.axes)
   scaling = jnp.asarray(node.scaling, matrix.dtype)
   rank = to_pair(node.array("a"), node.array("b"), node.axes)[0].shape[-1]
-  one = lambda of: factor(of[0], rank, *of[1:])
+  one: Callable = lambda of: factor(of[0], rank, of[1], of[2])
   for _ in range(stacked):  # layer by layer: a decomposition is larger than what is kept of it
     one = functools.partial(jax.lax.map, one)
-  pair = one((matrix, scaling, jax.random.split(key, kernel.shape[:stacked])))
-  pair = from_pair(*pair, node.axes, kernel.shape)
+  left, right = one((matrix, scaling, jax.random.split(key, kernel.shape[:stacked])))
+  pair = from_pair(left, right, node.axes, kernel.shape)
   a, b = (
     meta.replace_boxed(old, jnp.asarray(new, strip(old).dtype))
     for old, new in zip((node.a, node.b), pair, strict=True)
   )
-  below = Residual(None, a, b, node.scaling, axes=node.axes, group=None, stacked=stacked).of(
-    node.base
-  )
+  start = Residual(None, a, b, node.scaling, None, axes=node.axes, group=None, stacked=stacked)
+  below = start.of(node.base)
   # Copies: a step that donates what trains must not take what stays.
   a, b = (jax.tree.map(jnp.copy, x) for x in (a, b))
   return node.replace(base=below, a=a, b=b)

@@ -56,7 +56,7 @@ class LoraWeight(Weight):
   scaling: Any = extra()
   dropout: Any = extra()
   axes: str = static("io:ir,ro")
-  b_group: str | None = static()
+  b_group: str | None = static(default=None)
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
     y = product(eq, x, self.base, _below(call), precision)
@@ -139,7 +139,7 @@ class FusedLora(Weight):
   chosen: tuple[int, ...] = static((0, 2))
   parts: int = static(3)
   fused: int = static(1)
-  b_group: str | None = static()
+  b_group: str | None = static(default=None)
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
     y = product(eq, x, self.base, _below(call), precision)

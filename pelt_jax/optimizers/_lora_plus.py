@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -90,11 +90,11 @@ def lora_plus(
       "option; use optax.adamw, or leave it out"
     )
 
-  def made(rate: Any, decay: float) -> optax.GradientTransformation:
+  def made(rate: Any, decay: float) -> Any:
     return optimizer(rate, **options, **({"weight_decay": decay} if decays else {}))
 
   fast: Any = ratio * learning_rate if not callable(learning_rate) else _times(ratio, learning_rate)
-  groups = {
+  groups: dict[Hashable, Any] = {
     _REST: made(learning_rate, weight_decay),
     EMBEDDING_GROUP: made(embedding_rate, weight_decay),
     B_GROUP: made(fast, weight_decay),
