@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import pathlib
+import re
 
 import finetune
 import reporting
@@ -142,7 +143,7 @@ def check(args: argparse.Namespace) -> None:
 def write_report(
   out: pathlib.Path, report: dict, texts: list[dict], same: list[dict] | None
 ) -> None:
-  lines = [reporting.as_markdown(report).replace("(loss.png)", "(run/loss.png)")]
+  lines = [re.sub(r"\((\w+\.png)\)", r"(run/\1)", reporting.as_markdown(report))]
   test = report["test"]
   lines += [
     f"\n## Test set, {test['tables']} tables, all references, greedy\n",
