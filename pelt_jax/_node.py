@@ -211,10 +211,12 @@ class Node(meta.AxisMetadata):
 class Weight(Node):
   """A node in place of an array leaf: it knows how to multiply without being built.
 
-  `outermost` classes stay outside the nodes that are added later.
+  `outermost` classes stay outside the nodes that are added later. Classes whose arrays mean
+  something else once zeros are put behind them say so by `pads`: a bank wants them of one size.
   """
 
   outermost: ClassVar[bool] = False
+  pads: ClassVar[bool] = True
 
   def materialize(self) -> jax.Array:
     """The plain array (with its stacked axes)."""

@@ -68,6 +68,11 @@ def update_at(params: Any, changes: Mapping[str, Any]) -> dict:
   return new
 
 
+def next_number(named: Mapping[str, Any]) -> int:
+  """One more than the largest of the numbers that names start with, `000_prefix`."""
+  return max((int(name.partition("_")[0]) for name in named), default=-1) + 1
+
+
 def get_at(params: Any, path: str) -> Any:
   """The value at a path of nested dicts, or None."""
   for key in path.split("/") if path else ():

@@ -11,8 +11,7 @@ from pelt_jax.interop._peft_lora_config import KNOWN, REFUSED
 from pelt_jax.interop._peft_lora_export import _shortest
 from pelt_jax.interop._places import Place
 from pelt_jax.nodes import SvdWeight
-
-_RANKNUM = 1e-5  # PEFT divides by the first rank plus this
+from pelt_jax.nodes._svd import RANKNUM
 
 
 class Adalora(Kind):
@@ -35,6 +34,20 @@ class Adalora(Kind):
     made = super().tensors(node, place)
     return made | {"lora_E": made["lora_E"].reshape(-1, 1)}
 
+  def node(
+    self, config: FamilyConfig, places: list[Place], leaf: Any, arrays: Arrays, more: dict
+  ) -> Any:
+    lead = () if places[0].layer is None else (len(places),)
+    arrays = arrays | {"lam": arrays["lam"].reshape(*lead, -1)}
+    first = int(config.raw.get("init_r", self.rank))
+    alpha = float(config.raw.get("lora_alpha", 8))
+    scaling = (alpha if alpha > 0 else first) / (first + RANKNUM)
+    number = lambda x: jnp.full(lead, x, np.promote_types(arrays["lam"].dtype, np.float32))
+    # The regulariser is training's: a file says its weight of a run, not of each matrix.
+    return SvdWeight(
+      leaf, **arrays, scaling=number(scaling), gamma=number(0.0), **{**more, "axes": "io:ir,ro"}
+    )
+
   def options(self, at: Mapping[Place, Any]) -> dict[str, Any]:
     ranks = {p.module: node.array("lam").shape[-1] for p, node in at.items()}
     scalings = {float(x): x for x in (layer_of(node, "scaling", p) for p, node in at.items())}
@@ -47,7 +60,7 @@ class Adalora(Kind):
     return {
       "init_r": first,
       "target_r": round(sum(ranks.values()) / len(ranks)),
-      "lora_alpha": _shortest(value * (first + _RANKNUM), exact, first + _RANKNUM),
+      "lora_alpha": _shortest(value * (first + RANKNUM), exact, first + RANKNUM),
       "rank_pattern": cut if len(set(ranks.values())) > 1 else None,
       "total_step": 1,  # PEFT asks for one, also of an adapter that is done
       "init_lora_weights": True,
@@ -59,19 +72,3 @@ class Adalora(Kind):
     rank = int(config.raw.get("init_r", self.rank)) if kept is None else sum(kept)
     (n_in, n_out) = place.shape
     return {"lora_A": (rank, n_in), "lora_E": (rank, 1), "lora_B": (n_out, rank)}
-
-  def turned(self, value: np.ndarray) -> np.ndarray:
-    return value[:, 0] if value.ndim == 2 and value.shape[1] == 1 else value.T
-
-  def node(
-    self, config: FamilyConfig, places: list[Place], leaf: Any, arrays: Arrays, more: dict
-  ) -> Any:
-    first = int(config.raw.get("init_r", self.rank))
-    alpha = float(config.raw.get("lora_alpha", 8))
-    scaling = (alpha if alpha > 0 else first) / (first + _RANKNUM)
-    lead = () if places[0].layer is None else (len(places),)
-    number = lambda x: jnp.full(lead, x, np.promote_types(arrays["lam"].dtype, np.float32))
-    # The regulariser is training's: a file says its weight of a run, not of each matrix.
-    return SvdWeight(
-      leaf, **arrays, scaling=number(scaling), gamma=number(0.0), **{**more, "axes": "io:ir,ro"}
-    )

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import Transform, box_names, check_whole, like_box, site_key
+from pelt_jax._walk import every_node
 from pelt_jax.methods._allocator import DECAYS, SCORES, SENSITIVITIES, TIES, Schedule, allocator
 from pelt_jax.methods._gates import rewrapped
 from pelt_jax.methods._lora import lora, matrices
 from pelt_jax.nodes import LoraWeight, SvdWeight
+from pelt_jax.nodes._svd import RANKNUM
 
 _STD = 0.02
-_RANKNUM = 1e-5  # the reference code divides by rank + 1e-5
 
 
 def adalora(
@@ -105,6 +106,10 @@ def adalora(
   for name, value in (("warmup", warmup), ("final", final)):
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
       raise ValueError(f"{name} must be a whole number of steps, at least 0, got {value!r}")
+  if final < 1:
+    raise ValueError(
+      "final must be at least 1: what is pruned would come back after the last choice"
+    )
   if warmup + final >= steps:
     raise ValueError(
       f"warmup={warmup} and final={final} leave none of steps={steps} to reduce ranks in; make "
@@ -131,6 +136,11 @@ def adalora(
   )
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
+    if any(isinstance(node, SvdWeight) for node in every_node(params)):
+      raise ValueError(
+        "adalora: params hold the matrices of another adalora, and a budget is over all of them: "
+        "name both in the targets of one"
+      )
     found = matrices(find(sites, targets, kind="leaf", layers=layers), targets, "adalora")
     count = sum(math.prod(target.site.stacked) for target in found)
     each = gamma / (2 * count) if orth == "code" else gamma
@@ -157,7 +167,7 @@ def adalora(
         drawn["a"],
         drawn["b"],
         like_box(node.base, jnp.zeros((*lead, rank), dtype), names),
-        jnp.full_like(node.scaling, alpha / (rank + _RANKNUM)),
+        jnp.full_like(node.scaling, alpha / (rank + RANKNUM)),
         jnp.full_like(node.scaling, each),
         node.dropout,
         axes=node.axes,

@@ -25,6 +25,7 @@ from pelt_jax.methods._low_rank import (
 from pelt_jax.methods._named import check_base, check_tasks, one_owner, weights_of
 from pelt_jax.nodes._bank import owns
 from pelt_jax.nodes._pairs import Pair, pairs_of
+from pelt_jax.nodes._residual import Residual
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 HOWS = ("cat", "svd", "linear", *PRUNING, *(f"{how}_svd" for how in PRUNING))
@@ -129,6 +130,12 @@ def add_loras(
   tables = {name: dict(walk(fold(params))) for name, params in adapters.items()}
   pairs = {name: _pairs(name, table) for name, table in tables.items()}
   check_base(tables)
+  started = (p for t in tables.values() for p, v in t.items() if isinstance(lowest(v), Residual))
+  if path := next(started, None):
+    raise ValueError(
+      f"{path!r} starts from a part of the weight (PiSSA, OLoRA), and its factors are no change "
+      "of it: make LoRAs of changes first, pelt.to_lora(params, rank, sites=sites, base=plain)"
+    )
   changed = {n: own for n, table in tables.items() if (own := {p for p in table if owns(table[p])})}
   owner = one_owner(adapters, changed, head)
   out = {path: v if owns(v) else lowest(v) for path, v in tables[owner].items()}

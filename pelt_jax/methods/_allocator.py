@@ -164,7 +164,7 @@ def allocator(
 def _svds(tree: Any) -> Iterator[tuple[str, SvdWeight]]:
   """The nodes that train, by path."""
   for path, node in named_nodes(tree):
-    if isinstance(node, SvdWeight) and not is_hole(node.lam):
+    if isinstance(node, SvdWeight) and not is_hole(node.array("lam")):
       yield path, node
 
 

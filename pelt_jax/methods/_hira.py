@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 
+from pelt_jax._node import Weight
 from pelt_jax._site import Site, Targets
 from pelt_jax._transform import Transform, check_dropout, check_whole
 from pelt_jax.methods._lora import _dropout, _numbers
 from pelt_jax.methods._matrices import Matrix, check_rank, put, whole_matrices
+from pelt_jax.methods._merge_aware import check_mergeable
 from pelt_jax.nodes import HiraWeight
 
 
@@ -58,6 +60,8 @@ def hira(
 
   def of(matrix: Matrix, leaf: Any, key: jax.Array) -> HiraWeight:
     check_rank("hira", rank, matrix)
+    if isinstance(leaf, Weight):
+      check_mergeable("hira", matrix.site.path, leaf)
     n_in, n_out = matrix.inputs, matrix.outputs
     kind, wide = _numbers(leaf, dtype)
     if matrix.is_table:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pelt_jax._node import GENERATORS
 from pelt_jax._site import Site, Targets
 from pelt_jax._transform import Transform, like_box, over, require
-from pelt_jax._walk import update_at
+from pelt_jax._walk import next_number, update_at
 from pelt_jax.methods._lora import _numbers
 from pelt_jax.methods._matrices import Matrix, put, whole_matrices
 from pelt_jax.nodes import ScaledWeight, SharedScales
@@ -29,7 +29,8 @@ def ia3(
   The paper's equation 1 and the feed-forward activation beside it: of every layer keys and values
   are scaled as they come out of their projections, and what the nonlinearity gives as it goes into
   the second feed-forward matrix. l is one at first, so the model computes what it computed before.
-  With the default targets L (2 d + d_ff) parameters. Merges into kernels and biases.
+  With the default targets L (2 d + d_ff) parameters. Merges into kernels and biases; a bias is the
+  leaf named `bias` beside its kernel.
 
   A bias of a target is scaled by the l of its kernel, which has it as a parameter: a generator at
   the root, `generators/NNN_ia3`, fills it in.
@@ -68,7 +69,7 @@ def ia3(
     inputs = {m.site.path: m for m in named(feedforward)}
     outputs = {m.site.path: m for m in named(targets) if m.site.path not in inputs}
     beside = {path: bias for path, m in outputs.items() if (bias := _bias(sites, m)) is not None}
-    name = f"{len(params.get(GENERATORS, {})):03d}_ia3"
+    name = f"{next_number(params.get(GENERATORS, {})):03d}_ia3"
 
     def scaled(matrix: Matrix, leaf: Any, _: jax.Array) -> ScaledWeight:
       site = matrix.site

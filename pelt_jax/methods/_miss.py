@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 
+from pelt_jax._node import Weight
 from pelt_jax._site import Site, Targets
 from pelt_jax._transform import Transform, check_dropout, check_whole
 from pelt_jax.methods._lora import _dropout, _numbers
 from pelt_jax.methods._matrices import Matrix, put, whole_matrices
+from pelt_jax.methods._merge_aware import check_mergeable
 from pelt_jax.nodes import BatWeight, MissWeight
 
 KINDS = ("standard", "mini", "bat")
@@ -78,6 +80,8 @@ def miss(
       "group": group,
       "stacked": len(matrix.site.stacked),
     }
+    if kind == "bat" and isinstance(leaf, Weight):
+      check_mergeable("miss", matrix.site.path, leaf)
     if kind == "bat":
       blocks = matrix.full((matrix.outputs // rank, rank, rank), 0, dtypes[0])
       return BatWeight(leaf, blocks=matrix.boxed(leaf, blocks, "prr"), **more)

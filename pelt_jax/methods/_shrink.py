@@ -10,6 +10,7 @@ from jax.core import Tracer
 from pelt_jax._tree import fold
 from pelt_jax._walk import map_nodes, named_nodes
 from pelt_jax.nodes import SvdWeight
+from pelt_jax.nodes._lora import rank_letter, subscripts
 
 
 def ranks(params: dict) -> dict[str, int | list[int]]:
@@ -90,7 +91,7 @@ def _cut(node: SvdWeight) -> Any:
   if most == 0:
     return node.base
   order = np.argsort(~alive, axis=-1, kind="stable")[..., :most]
-  lead, first = node.stacked, node.axes.partition(":")[2].partition(",")[2].index(_rank(node))
+  lead, first = node.stacked, subscripts(node.axes)[2].index(rank_letter(node.axes))
 
   def taken(x: Any, axis: int) -> Any:
     index = order.reshape(
@@ -102,8 +103,3 @@ def _cut(node: SvdWeight) -> Any:
   return node.replace(
     a=cut("a", node.array("a").ndim - 1), b=cut("b", lead + first), lam=cut("lam", lead)
   )
-
-
-def _rank(node: SvdWeight) -> str:
-  kernel, _, factors = node.axes.partition(":")
-  return next(c for c in factors.partition(",")[0] if c not in kernel)

@@ -12,7 +12,7 @@ from pelt_jax._leaf import lowest, materialize
 from pelt_jax._node import Weight
 from pelt_jax._site import Site, Targets, find
 from pelt_jax._transform import box_names, like_box, require
-from pelt_jax._tree import fold, refuse_unmergeable
+from pelt_jax._tree import expanded, refuse_unmergeable
 from pelt_jax._walk import get_at, update_at, walk
 from pelt_jax.methods._lora import _axes, are_matrices
 from pelt_jax.methods._low_rank import (
@@ -87,7 +87,7 @@ def to_lora(
   check_rank(rank)
   if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, base))):
     raise TypeError("params hold traced arrays: to_lora reports numbers, call it outside jax.jit")
-  params = fold(params)
+  params = expanded(params)
   refuse_unmergeable(params)
   _check_base(base)
   found = [t.site for t in find(sites, "*", kind="leaf")]

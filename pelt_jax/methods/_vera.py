@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pelt_jax._node import GENERATORS
 from pelt_jax._site import Site, Targets
 from pelt_jax._transform import Transform, check_dropout, check_whole, like_box, require
-from pelt_jax._walk import update_at
+from pelt_jax._walk import next_number, update_at
 from pelt_jax.methods._lora import _dropout, _numbers
 from pelt_jax.methods._matrices import Matrix, put, whole_matrices
 from pelt_jax.nodes import VeraPair, VeraWeight
@@ -70,7 +70,7 @@ def vera(
 
   def init(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
     found = whole_matrices("vera", sites, targets, layers)
-    name = f"{len(params.get(GENERATORS, {})):03d}_vera"
+    name = f"{next_number(params.get(GENERATORS, {})):03d}_vera"
 
     def of(matrix: Matrix, leaf: Any, _: jax.Array) -> VeraWeight:
       kind, wide = _numbers(leaf, dtype)

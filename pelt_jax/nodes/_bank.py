@@ -309,6 +309,13 @@ def _stack(nodes: Sequence[Any], axis: int, path: str) -> Any:
   if len(structures) > 1:
     raise ValueError(f"the members of the bank have different nodes at {path!r}: {structures}")
 
+  for alike in zip(*map(every_node, nodes), strict=True):
+    shapes = [tuple(jnp.shape(x) for x in jax.tree.leaves(node)) for node in alike]
+    if not getattr(alike[0], "pads", True) and len(set(shapes)) > 1:
+      raise ValueError(
+        f"the members of the bank have a {type(alike[0]).__name__} of different sizes at {path!r}, "
+        "which cannot be padded: give them one rank and one way of cutting matrices"
+      )
   fill = math.nan if isinstance(nodes[0], ExtendedEmbedding) else 0.0
 
   def join(*arrays: jax.Array | np.ndarray) -> jax.Array:

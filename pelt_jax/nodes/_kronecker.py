@@ -34,6 +34,8 @@ class LokrWeight(MatrixWeight):
   w2_b: Any = own()
   scaling: Any = extra()
 
+  pads = False
+
   def along(self, x: jax.Array, precision: Any) -> jax.Array:
     first = jnp.asarray(self._factor("w1", self.wide), x.dtype)
     h = x.reshape(*x.shape[:-1], first.shape[0], -1)

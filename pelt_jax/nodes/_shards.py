@@ -21,6 +21,8 @@ class MissWeight(MatrixWeight):
 
   block: Any = own()
 
+  pads = False
+
   def along(self, x: jax.Array, precision: Any) -> jax.Array:
     rank, width = self.array("block").shape
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % rank)])
@@ -55,6 +57,8 @@ class BatWeight(KernelWeight):
   """
 
   blocks: Any = own()
+
+  pads = False
 
   def delta(self, dtype: Any) -> jax.Array:
     blocks = jnp.asarray(self.array("blocks"), dtype)

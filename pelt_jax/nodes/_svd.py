@@ -9,6 +9,8 @@ import numpy as np
 from pelt_jax._node import Weight, base, extra, own, static
 from pelt_jax.nodes._lora import LoraWeight, factor_specs, matrix_sizes
 
+RANKNUM = 1e-5  # the reference code divides alpha by the first rank plus this
+
 
 class SvdWeight(Weight):
   """`base + scaling * (a * lam) @ b`: the paper's P Λ Q, with a = Qᵀ and b = Pᵀ.

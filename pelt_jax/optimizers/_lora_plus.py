@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.core import Tracer
 
 from pelt_jax._node import Node
 from pelt_jax._walk import map_nodes, update_at, walk
@@ -19,7 +20,7 @@ _REST, _VECTORS, _FROZEN = "trainable", "vectors", "frozen"
 
 def lora_plus(
   optimizer: Any,
-  learning_rate: float | Callable,
+  learning_rate: Any,
   *,
   ratio: float,
   embedding_rate: float = 1e-6,
@@ -81,10 +82,13 @@ def lora_plus(
     ("weight_decay", weight_decay, 0.0),
     *([] if callable(learning_rate) else [("learning_rate", learning_rate, 0.0)]),
   ):
-    if not (math.isfinite(value) and value >= least):
+    if not isinstance(value, Tracer) and not (math.isfinite(value) and value >= least):
       raise ValueError(f"{name} must be a number of at least {least:g}, got {value!r}")
   decays = "weight_decay" in inspect.signature(optimizer).parameters
-  if weight_decay and not decays:
+  bound = getattr(optimizer, "keywords", {})
+  if odd := sorted({"weight_decay", "learning_rate"} & set(bound)):
+    raise ValueError(f"{odd[0]} is bound in optimizer already: give it to lora_plus, which sets it")
+  if not decays and not isinstance(weight_decay, Tracer) and weight_decay:
     raise ValueError(
       f"weight_decay={weight_decay}: {getattr(optimizer, '__name__', optimizer)} has no such "
       "option; use optax.adamw, or leave it out"

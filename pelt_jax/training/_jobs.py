@@ -145,6 +145,11 @@ def jobs_step(
     every = list(members.values()) if isinstance(members, Mapping) else list(members)
     for params in every:
       _check_member(params)
+    fixed = [[jnp.shape(x) for x in jax.tree.leaves(partition(m, extra=True)[1])] for m in every]
+    if any(shapes != fixed[0] for shapes in fixed):
+      raise ValueError(
+        "members have arrays of different sizes that do not train (LoRA-FA's a): give them one rank"
+      )
     trainable, frozen = partition(masters(bank(every)))
     axes = _axes(trainable)
     shapes = [[jnp.shape(x) for x in jax.tree.leaves(partition(m)[0])] for m in every]
@@ -239,6 +244,12 @@ def jobs_step(
 
 
 def _check_member(params: dict) -> None:
+  shared = (n for n, g in params.get(GENERATORS, {}).items() if getattr(g, "kept", False))
+  if kept := sorted(shared):
+    raise ValueError(
+      f"members hold {kept}, which give one array to many nodes (VeRA, IA3 with biases), and jobs "
+      "do not hold those: train each by train_step; pelt.bank serves them together"
+    )
   if GENERATORS in params:
     raise ValueError(
       f"members hold the generators {sorted(params[GENERATORS])}, which a bank folds away, so that "

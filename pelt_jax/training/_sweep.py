@@ -172,17 +172,17 @@ def sweep(
   key = jax.random.key(0) if key is None else key
   own = set(inspect.signature(make).parameters)
   starts, drawn = jax.random.split(key)
+  methods = [make(**{k: v for k, v in o.items() if k in own}) for o in options]
   members = [
-    make(**{k: v for k, v in o.items() if k in own}).init(
-      jax.random.fold_in(starts, o.get("seed", 0)), base, sites
-    )
-    for o in options
+    method.init(jax.random.fold_in(starts, o.get("seed", 0)), base, sites)
+    for method, o in zip(methods, options, strict=True)
   ]
   names = {name for o in options for name in o} - own - {"seed"}
   for name in names:
     if odd := [i for i, o in enumerate(options) if name not in o]:
       raise ValueError(f"{name} is given for some runs and not for the run {options[odd[0]]}")
-  jobs = jobs_step(apply, loss, tx, clip=clip, accumulate=accumulate)
+  refused = next((method for method in methods if method.post_step is not None), None)
+  jobs = jobs_step(apply, loss, tx, refused, clip=clip, accumulate=accumulate)
   trainable, frozen, state = jobs.init(members, **{n: [o[n] for o in options] for n in names})
   program = Compiled(jobs.step, by=3, donate_argnums=(0, 2))
   alive, stream, sign = list(range(count)), iter(batches), 1 if higher_is_better else -1
@@ -191,7 +191,12 @@ def sweep(
   with bar("sweep", steps, show=progress) as advance:
     for start, rung in itertools.pairwise((0, *rungs)):
       for number in range(start, rung):
-        batch = _repeated(next(stream), alive)
+        batch = next(stream, None)
+        if batch is None:
+          raise ValueError(
+            f"batches end after {number} of {steps} steps: give a stream that goes on"
+          )
+        batch = _repeated(batch, alive)
         step_key = jax.random.fold_in(drawn, number)
         trainable, state, _ = program(trainable, frozen, state, batch, step_key)
         used += len(alive)

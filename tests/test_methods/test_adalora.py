@@ -439,6 +439,7 @@ def test_bfloat16_keeps_its_numbers_wide():
     (dict(warmup=20, final=10), "leave none of steps=30"),
     (dict(warmup=-1), "warmup must be"),
     (dict(final=-3), "final must be"),
+    (dict(final=0), "final must be at least 1"),
     (dict(target_rank=4), "target_rank must be from 0 to rank=3"),
     (dict(betas=(0.5, 1.0)), "betas must be"),
     (dict(gamma=-1.0), "gamma must be"),
@@ -466,3 +467,28 @@ def test_what_needs_svd_nodes_says_so():
     jax.jit(pelt.shrink)(params)
   with pytest.raises(ValueError, match="nothing there trains"):
     made(nn.Dense(5), values((3, 4), 0))[0].post_step.init(pelt.partition(lora)[0])
+
+
+def test_one_budget_is_one_call():
+  x = values((3, 4), 0)
+  two = [pelt.adalora(**SETTINGS, targets=f"{name}/kernel") for name in ("up", "out")]
+  base = Pair().init(jax.random.key(0), x)["params"]
+  with pytest.raises(ValueError, match="name both in the targets of one"):
+    pelt.chain(*two).init(jax.random.key(1), base, pelt.sites(Pair(), x))
+
+
+def test_files_of_rank_one(tmp_path):
+  """A matrix of one triplet is still a matrix in PEFT's file."""
+  x = values((3, 4), 0)
+  model = nn.Sequential([nn.Dense(5)])
+  base = model.init(jax.random.key(0), x)["params"]
+  method = pelt.adalora(**(SETTINGS | {"rank": 2}), targets="kernel")
+  params = method.init(jax.random.key(1), base, pelt.sites(model, x))
+  node = params["layers_0"]["kernel"]
+  lam = jnp.array([0.0, 3.0])
+  params = pelt.shrink({"layers_0": {**params["layers_0"], "kernel": node.replace(lam=lam)}})
+  pelt.interop.peft.export(tmp_path, params, model)
+  again = pelt.interop.peft.load(tmp_path, model, base)["layers_0"]["kernel"]
+  for name in ("a", "b", "lam"):
+    np.testing.assert_array_equal(again.array(name), params["layers_0"]["kernel"].array(name))
+  np.testing.assert_allclose(again.scaling, node.scaling, rtol=1e-6)

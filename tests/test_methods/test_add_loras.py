@@ -2,6 +2,7 @@
 
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -378,3 +379,12 @@ def test_bad_input():
   refused("After wraps a module's call", {"n0": bypass, "n1": {"w": node}})
   odd = {"w": Stretched(below, jnp.ones(2))}
   refused("w: a Stretched is no LoRA pair", {"n0": odd, "n1": {"w": node}})
+
+
+def test_factors_that_are_no_change_are_refused():
+  x = jnp.ones((1, 4))
+  model = nn.Dense(3, use_bias=False)
+  base = model.init(jax.random.key(0), x)["params"]
+  started = pelt.pissa(2, targets="kernel").init(jax.random.key(1), base, pelt.sites(model, x))
+  with pytest.raises(ValueError, match="'kernel' starts from a part of the weight"):
+    pelt.add_loras({"one": started}, {"one": -1})

@@ -1,5 +1,7 @@
 """LoRA+: groups of their own for b and tables, and PEFT's four rates."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -150,3 +152,16 @@ def test_bad_input():
   trainable, _ = pelt.partition(params_of(pelt.lora(2, targets="lin/kernel")))
   with pytest.raises(ValueError, match="plus=True"):
     pelt.lora_plus(optax.sgd, 1e-3, ratio=2).init(trainable)
+
+
+def test_rates_may_be_injected():
+  params = {"w": pelt.nodes.LoraWeight(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0)}
+  params["w"] = params["w"].replace(b_group="lora_b")
+  trainable, _ = pelt.partition(params)
+  make = lambda learning_rate: pelt.lora_plus(optax.sgd, learning_rate, ratio=4.0)
+  tx = optax.inject_hyperparams(make)(learning_rate=0.5)
+  updates, _ = jax.jit(tx.update)(trainable, tx.init(trainable), trainable)
+  np.testing.assert_allclose(updates["w"].a, -0.5)
+  np.testing.assert_allclose(updates["w"].b, -2.0)
+  with pytest.raises(ValueError, match="weight_decay is bound in optimizer"):
+    pelt.lora_plus(functools.partial(optax.adamw, weight_decay=0.1), 1e-3, ratio=4.0)

@@ -145,3 +145,14 @@ def test_bad_input():
   init = matrices.refuses_bad_targets(lambda t: pelt.miss(2, targets=t))
   with pytest.raises(ValueError, match="table whose rows are looked up"):
     init("emb")
+
+
+def test_members_of_a_bank_have_one_rank():
+  """Zeros behind a block would change which input meets which row."""
+  x = jnp.ones((2, 8))
+  model = nn.Dense(6, use_bias=False)
+  base = model.init(jax.random.key(0), x)["params"]
+  sites = pelt.sites(model, x)
+  made = [pelt.miss(r, targets="kernel").init(jax.random.key(r), base, sites) for r in (2, 4)]
+  with pytest.raises(ValueError, match="a MissWeight of different sizes at 'kernel'"):
+    pelt.bank(made)

@@ -357,3 +357,17 @@ def test_changes_that_depend_on_the_input_are_named():
       2,
       sites=(leaf_site("first", (4, 4)), leaf_site("second/kernel", (4, 4))),
     )
+
+
+def test_what_waits_for_a_generator():
+  x = jnp.ones((2, 6))
+  model = nn.Dense(4, use_bias=False)
+  base = model.init(jax.random.key(0), x)["params"]
+  sites = pelt.sites(model, x)
+  params = pelt.vera(rank=3, targets="kernel").init(jax.random.key(1), base, sites)
+  params["kernel"] = params["kernel"].replace(lambda_b=jnp.arange(4.0))
+  made, errors = pelt.to_lora(params, 3, sites=sites)
+  np.testing.assert_allclose(
+    pelt.merge(made)["kernel"], pelt.merge(params)["kernel"], rtol=0, atol=1e-5
+  )
+  assert float(errors["kernel"]) < 1e-5

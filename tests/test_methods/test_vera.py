@@ -174,3 +174,15 @@ def test_bad_input():
   init = matrices.refuses_bad_targets(lambda t: pelt.vera(2, targets=t))
   with pytest.raises(ValueError, match="table whose rows are looked up"):
     init("emb")
+
+
+def test_a_second_pair_takes_no_other_name():
+  x = jnp.ones((2, 6))
+  model = nn.Dense(4)
+  base = model.init(jax.random.key(0), x)["params"]
+  sites = pelt.sites(model, x)
+  one = pelt.vera(rank=3, targets="kernel").init(jax.random.key(1), base, sites)
+  (name,) = one["generators"]
+  later = {**one, "generators": {name.replace("000", "001"): one["generators"][name]}}
+  two = pelt.vera(rank=2, targets="kernel").init(jax.random.key(2), later, sites)
+  assert sorted(two["generators"]) == ["001_vera", "002_vera"]

@@ -106,3 +106,23 @@ def test_wrong_sweeps_are_named():
   ):
     with pytest.raises(ValueError, match=match):
       run(**options)
+
+
+def test_methods_with_a_post_step_are_refused():
+  model, x = nn.Dense(3), jnp.ones((2, 4))
+  base = model.init(jax.random.key(0), x)["params"]
+  make = lambda alpha: pelt.adalora(steps=6, rank=2, target_rank=1, alpha=alpha, targets="kernel")
+  with pytest.raises(ValueError, match="method has a post-step"):
+    pelt.sweep(
+      make,
+      {"alpha": [3.0, 6.0]},
+      base,
+      pelt.sites(model, x),
+      apply=pelt.bypass(model.apply),
+      loss=lambda apply, params, batch, key: 0.0,
+      tx=optax.sgd(0.1),
+      batches=[],
+      steps=6,
+      evaluate=lambda params: {"score": 0.0},
+      metric="score",
+    )
