@@ -147,6 +147,12 @@ def box_names(leaf: Any, ndim: int) -> tuple[str | None, ...]:
   return tuple(leaf.names) if meta.is_axis_metadata(leaf) else (None,) * ndim
 
 
+def letter_names(leaf: Any, stacked: int, kernel: str) -> tuple[tuple, dict[str, str | None]]:
+  """`box_names` of the stacked axes, and of the kernel's by letter."""
+  names = box_names(leaf, stacked + len(kernel))
+  return names[:stacked], dict(zip(kernel, names[stacked:], strict=True))
+
+
 def add_bypass(params: dict, sites: tuple[Site, ...], path: str, node: Bypass) -> dict:
   """Params with a bypass node at a module, outermost there, and a leaf guarded.
 

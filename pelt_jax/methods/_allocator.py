@@ -14,6 +14,7 @@ from pelt_jax._transform import PostStep
 from pelt_jax._tree import is_hole
 from pelt_jax._walk import map_arrays, named_nodes
 from pelt_jax.nodes import SvdWeight
+from pelt_jax.nodes._axes import wide
 
 DECAYS = {
   "cubic": lambda u: (1 - u) ** 3,
@@ -169,7 +170,7 @@ def _svds(tree: Any) -> Iterator[tuple[str, SvdWeight]]:
 
 
 def _wide(x: jax.Array) -> jax.Array:
-  return jnp.asarray(x, np.promote_types(x.dtype, jnp.float32))
+  return jnp.asarray(x, wide(x))
 
 
 def _matrices(nodes: dict[str, SvdWeight]) -> int:

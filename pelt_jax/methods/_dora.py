@@ -7,7 +7,7 @@ import jax
 
 from pelt_jax._node import Weight
 from pelt_jax._site import Site, Targets
-from pelt_jax._transform import Transform, box_names, like_box
+from pelt_jax._transform import Transform, letter_names, like_box
 from pelt_jax.methods._lora import B_GROUP, on_lora
 from pelt_jax.methods._merge_aware import check_mergeable
 from pelt_jax.nodes import DoraWeight, LoraWeight
@@ -91,7 +91,7 @@ def dora(
       group=B_GROUP if plus and group is not None else group,
       stacked=stacked,
     )
-    lead, names = _names(node.base, stacked, kernel)
+    lead, names = letter_names(node.base, stacked, kernel)
     norm = like_box(node.base, made.norm(), (*lead, *map(names.get, batch + outputs)))
     return made.replace(magnitude=norm)
 
@@ -110,10 +110,3 @@ def dora(
     dtype=dtype,
     group=group,
   )
-
-
-def _names(leaf: Any, stacked: int, kernel: str) -> tuple[tuple, dict[str, str | None]]:
-  """The names of a leaf's stacked axes, and of its kernel's by letter."""
-  ndim = stacked + len(kernel)
-  names = box_names(leaf, ndim)
-  return names[:stacked], dict(zip(kernel, names[stacked:], strict=True))

@@ -15,6 +15,7 @@ from pelt_jax._transform import (
   box_names,
   check_dropout,
   check_whole,
+  letter_names,
   like_box,
   over,
   require,
@@ -126,17 +127,32 @@ def lora(
     return made.replace(group=of_pair, b_group=b_group)
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
-    changes = {}
-    for target in matrices(find(sites, targets, kind="leaf", layers=layers), targets, "lora"):
-      site = target.site
-      leaf = require(params, site)
-      if isinstance(getattr(leaf, "base", leaf), Tuned) or isinstance(leaf, Tuned):
-        raise ValueError(f"lora: {site.path!r} trains already; two methods cannot train one leaf")
-      folded = site_key(key, site.path, leaf)
-      changes[site.path] = over(leaf, lambda x, s=site, k=folded: of(s, x, k))
-    return update_at(params, changes)
+    found = matrices(find(sites, targets, kind="leaf", layers=layers), targets, "lora")
+    return put_over("lora", key, params, [target.site for target in found], of)
 
   return Transform(initialize)
+
+
+def put_over(
+  method: str,
+  key: jax.Array,
+  params: dict,
+  sites: Iterable[Site],
+  make: Callable[[Site, Any, jax.Array], Weight],
+) -> dict:
+  """Params with `make(site, leaf, key)` over each of some leaves.
+
+  Raises:
+    ValueError: if one trains already.
+  """
+  changes = {}
+  for site in sites:
+    leaf = require(params, site)
+    if isinstance(getattr(leaf, "base", leaf), Tuned) or isinstance(leaf, Tuned):
+      raise ValueError(f"{method}: {site.path!r} trains already; two methods cannot train one leaf")
+    folded = site_key(key, site.path, leaf)
+    changes[site.path] = over(leaf, lambda x, s=site, k=folded: make(s, x, k))
+  return update_at(params, changes)
 
 
 def on_lora(
@@ -261,8 +277,7 @@ def pair_over(
   stacked = scaling.ndim
   kernel, _, factors = axes.partition(":")
   a_axes, _, b_axes = factors.partition(",")
-  names = box_names(leaf, stacked + len(kernel))
-  lead, name = names[:stacked], dict(zip(kernel, names[stacked:], strict=True))
+  lead, name = letter_names(leaf, stacked, kernel)
   return LoraWeight(
     leaf,
     like_box(leaf, a, (*lead, *map(name.get, a_axes))),

@@ -12,7 +12,7 @@ from pelt_jax._leaf import materialize, widened
 from pelt_jax._node import Weight, strip
 from pelt_jax.methods._lora import pair_over
 from pelt_jax.nodes import LoraWeight
-from pelt_jax.nodes._axes import from_pair, to_matrices
+from pelt_jax.nodes._axes import from_pair, to_matrices, wide
 from pelt_jax.nodes._pairs import Pair
 
 
@@ -53,8 +53,7 @@ def joined(pairs: Iterable[Pair], weights: Iterable[Any] | None = None) -> tuple
 
 def wide_dtype(pairs: Iterable[Pair]) -> np.dtype:
   """What all arrays of some pairs go into, at least float32."""
-  dtypes = (x.dtype for p in pairs for x in (p.a, p.b, p.scaling))
-  return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
+  return wide(*(x for p in pairs for x in (p.a, p.b, p.scaling)))
 
 
 def numbers(pair: Pair, weight: Any, dtype: Any) -> jax.Array:

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 
 from pelt_jax._node import Weight
 from pelt_jax._site import Site, Target, Targets, find
-from pelt_jax._transform import box_names, like_box, over, require, site_key
-from pelt_jax._walk import update_at
-from pelt_jax.methods._lora import matrices
-from pelt_jax.nodes import Tuned
+from pelt_jax._transform import letter_names, like_box
+from pelt_jax.methods._lora import matrices, put_over
 from pelt_jax.nodes._lora import lora_axes, matrix_sizes, subscripts
 
 
@@ -51,9 +49,7 @@ class Matrix(NamedTuple):
 
   def names(self, leaf: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The names in the kernel's box: of stacked axes, and of the others by letter."""
-    lead, kernel = len(self.site.stacked), subscripts(self.axes)[0]
-    names = box_names(leaf, lead + len(kernel))
-    return names[:lead], dict(zip(kernel, names[lead:], strict=True))
+    return letter_names(leaf, len(self.site.stacked), subscripts(self.axes)[0])
 
   def uniform(self, key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: Any) -> jax.Array:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for every stacked layer."""
@@ -120,15 +116,9 @@ def put(
   Raises:
     ValueError: if a kernel trains already.
   """
-  changes = {}
-  for matrix in found:
-    path = matrix.site.path
-    leaf = require(params, matrix.site)
-    if isinstance(getattr(leaf, "base", leaf), Tuned) or isinstance(leaf, Tuned):
-      raise ValueError(f"{method}: {path!r} trains already; two methods cannot train one leaf")
-    folded = site_key(key, path, leaf)
-    changes[path] = over(leaf, lambda x, m=matrix, k=folded: make(m, x, k))
-  return update_at(params, changes)
+  at = {matrix.site.path: matrix for matrix in found}
+  sites = [matrix.site for matrix in at.values()]
+  return put_over(method, key, params, sites, lambda s, leaf, k: make(at[s.path], leaf, k))
 
 
 def check_rank(method: str, rank: int, matrix: Matrix) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from pelt_jax._leaf import materialize, product
 from pelt_jax._node import Weight, base, contract, extra, static, strip
-from pelt_jax.nodes._axes import from_matrices, to_matrices
+from pelt_jax.nodes._axes import from_matrices, to_matrices, wide
 from pelt_jax.nodes._lora import _below, _refuse_dropout, matrix_sizes, subscripts
 
 PLAIN = "...i,io->...o"
@@ -68,8 +68,8 @@ class MatrixWeight(Weight):
   @property
   def wide(self) -> Any:
     """The dtype in which the change is computed: at least float32."""
-    own = (strip(x).dtype for n, x in self.children() if self.kinds[n] == "own" and x is not None)
-    return functools.reduce(np.promote_types, own, np.dtype(np.float32))
+    own = (strip(x) for n, x in self.children() if self.kinds[n] == "own" and x is not None)
+    return wide(*own)
 
   @property
   def matrix(self) -> tuple[int, int]:

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pelt_jax._node import Weight, base, extra, own, static
+from pelt_jax.nodes._axes import wide
 from pelt_jax.nodes._lora import LoraWeight, factor_specs, matrix_sizes
 
 RANKNUM = 1e-5  # the reference code divides alpha by the first rank plus this
@@ -76,12 +76,12 @@ class SvdWeight(Weight):
     a, b, gamma = self.array("a"), self.array("b"), self.array("gamma")
     rank, lead = a.shape[-1], a.shape[: a.ndim - len(self.axes.partition(":")[2].partition(",")[0])]
     rows = (jnp.swapaxes(a.reshape(*lead, -1, rank), -1, -2), b.reshape(*lead, rank, -1))
-    return jnp.sum(sum(_distance(x, self.orth) for x in rows) * jnp.asarray(gamma, _wide(a)))
+    return jnp.sum(sum(_distance(x, self.orth) for x in rows) * jnp.asarray(gamma, wide(a)))
 
 
 def _distance(rows: jax.Array, orth: str) -> jax.Array:
   """How far rows (..., r, n) are from being orthonormal, (...)."""
-  rows = jnp.asarray(rows, _wide(rows))
+  rows = jnp.asarray(rows, wide(rows))
   gram = jnp.einsum("...in,...jn->...ij", rows, rows, precision="highest")
   off = gram - jnp.eye(rows.shape[-2], dtype=rows.dtype).reshape(
     (1,) * (gram.ndim - 2) + gram.shape[-2:]
@@ -94,7 +94,3 @@ def _distance(rows: jax.Array, orth: str) -> jax.Array:
   return jnp.where(
     some, jnp.sqrt(jnp.where(some, square, jnp.ones_like(square))), jnp.zeros_like(square)
   )
-
-
-def _wide(x: jax.Array) -> Any:
-  return np.promote_types(x.dtype, jnp.float32)
