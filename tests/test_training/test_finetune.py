@@ -373,7 +373,7 @@ def test_b_learns_faster_by_the_ratio(finetune, bert, tmp_path):
   nodes, data = [], sentiment(tmp_path)
   for i, ratio in enumerate(("ratio=1", "ratio=8")):
     out = tmp_path / str(i)
-    argv = arguments(out, bert, data, "classification", set=ratio, steps=2, batch=4)
+    argv = arguments(out, bert, data, "classification", set=ratio, lr=1e-3, steps=2, batch=4)
     assert ratio in finetune.main(argv)["settings"]["set"]
     _, base = models.from_pretrained(
       bert, task="classification", num_labels=2, key=jax.random.key(0)
