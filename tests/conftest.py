@@ -38,6 +38,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("pelt_jax", "tests.support.checked")
 
 
+# Linux lets a process map memory 65,530 times, and programs take three maps each and more: past
+# that, the next one ends the process.
+_MAPS, _MOST_MAPS = pathlib.Path("/proc/self/maps"), 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+  """Forgets compiled programs after a module, once there are very many."""
+  yield
+  if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+    jax.clear_caches()
+
+
 collect_ignore = ["test_interop/make_values.py", "test_interop/make_hub_values.py"]  # need torch
 
 
