@@ -154,6 +154,8 @@ def main(argv: list[str] | None = None) -> dict:
     params = jax.device_put(params, pelt.shardings(params, specs, mesh))
     place = lambda batch: training.place_batch(batch, mesh)
     placing["out_shardings"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  if hasattr(model, "pooled_only") and not model.scan:
+    model = model.clone(pooled_only=not means_over_rows(params))
   apply = pelt.bypass(model.apply, gathered=gathered)
   if words is not None:
     apply = training.cloze(apply, words)
@@ -329,6 +331,12 @@ def read_files(args: argparse.Namespace, demo: bool):
     general = training.read(args.general, "lm")
   read = [training.read(path, args.task, args.columns) for path in (args.train, args.eval)]
   return *read, general
+
+
+def means_over_rows(params) -> bool:
+  """Whether gates read all tokens of a row, in the last layer too."""
+  gate = lambda x: isinstance(x, pelt.nodes.MeanGate)
+  return any(gate(x) and x.pool == "mean" for x in jax.tree.leaves(params, is_leaf=gate))
 
 
 def labels_of(params: dict) -> list[str]:

@@ -38,6 +38,11 @@ class LayerNorm(nn.LayerNorm):
       return super().__call__(x)
 
 
+def _pooled(x: Array) -> Array:
+  """The token that stands for a row, (B, 1, d)."""
+  return x[:, :1]
+
+
 def _norm(config: EncoderConfig, dtype: Any, name: str | None = "LayerNorm") -> LayerNorm:
   # E[x²] - E[x]² loses half the digits where the mean is large.
   return LayerNorm(
@@ -82,19 +87,28 @@ class BertSelfAttention(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
+  def __call__(
+    self, x: Array, mask: Array | None, deterministic: bool, pooled_only: bool = False
+  ) -> Array:
     c = self.config
     heads = c.num_attention_heads
 
-    def project(name: str) -> Array:
+    def project(name: str, x: Array) -> Array:
       y = _dense(c, self.dtype, c.hidden_size, name)(x)
       return y.reshape(*y.shape[:-1], heads, c.hidden_size // heads)
 
+    asking = _pooled(x) if pooled_only else x
+    if pooled_only and mask is not None:
+      mask = mask[:, :, :1]
     core = AttentionCore(c.attention_probs_dropout_prob, name="core")
     out = core(
-      project("query"), project("key"), project("value"), mask, deterministic=deterministic
+      project("query", asking),
+      project("key", x),
+      project("value", x),
+      mask,
+      deterministic=deterministic,
     )
-    return out.reshape(x.shape)
+    return out.reshape(asking.shape)
 
 
 class BertOutput(nn.Module):
@@ -118,8 +132,11 @@ class BertAttention(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
-    h = BertSelfAttention(self.config, self.dtype, name="self")(x, mask, deterministic)
+  def __call__(
+    self, x: Array, mask: Array | None, deterministic: bool, pooled_only: bool = False
+  ) -> Array:
+    h = BertSelfAttention(self.config, self.dtype, name="self")(x, mask, deterministic, pooled_only)
+    x = _pooled(x) if pooled_only else x
     return BertOutput(self.config, self.dtype, name="output")(h, x, deterministic)
 
 
@@ -138,15 +155,24 @@ class BertIntermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-  """Attention, then the feed-forward network, each normalised after its residual."""
+  """Attention, then the feed-forward network, each normalised after its residual.
+
+  With `pooled_only=True` for the first token alone, (B, 1, hidden_size), which sees all of x.
+  """
 
   config: EncoderConfig
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None, deterministic: bool = True) -> Array:
+  def __call__(
+    self,
+    x: Array,
+    mask: Array | None,
+    deterministic: bool = True,
+    pooled_only: bool = False,  # under this name, nodes that read whole rows find and refuse it
+  ) -> Array:
     c, dtype = self.config, self.dtype
-    x = BertAttention(c, dtype, name="attention")(x, mask, deterministic)
+    x = BertAttention(c, dtype, name="attention")(x, mask, deterministic, pooled_only)
     h = BertIntermediate(c, dtype, name="intermediate")(x)
     return BertOutput(c, dtype, name="output")(h, x, deterministic)
 
@@ -158,15 +184,18 @@ class BertEncoder(nn.Module):
   dtype: Any
   scan: bool
   remat: bool
+  pooled_only: bool = False
 
   @nn.compact
   def __call__(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
+    if self.pooled_only and self.scan:
+      raise ValueError("pooled_only=True needs scan=False: a scan has one body for all layers")
     return run_layers(
       lambda name: BertLayer(self.config, self.dtype, name=name),
-      lambda layer, x, _: layer(x, mask, deterministic),
+      lambda layer, x, last: layer(x, mask, deterministic, last),
       x,
       name="layer",
-      flags=[0] * self.config.num_hidden_layers,
+      flags=[False] * (self.config.num_hidden_layers - 1) + [self.pooled_only],
       scan=self.scan,
       remat=self.remat,
     )
@@ -247,9 +276,17 @@ class _Encoder(nn.Module):
   def _head_roles(self) -> tuple[Role, ...]:
     return (Role("classifier"),)
 
-  def _trunk(self, pooler: bool, name: str | None = "") -> BertModel:
+  def _trunk(self, pooler: bool, name: str | None = "", pooled_only: bool = False) -> BertModel:
     name = self.prefix if name == "" else name
-    return BertModel(self.config, self.dtype, self.scan, self.remat, pooler=pooler, name=name)
+    return BertModel(
+      self.config,
+      self.dtype,
+      self.scan,
+      self.remat,
+      pooler=pooler,
+      pooled_only=pooled_only,
+      name=name,
+    )
 
   def _dropout(self, x: Array, deterministic: bool) -> Array:
     rate = self.config.classifier_dropout
@@ -260,10 +297,12 @@ class _Encoder(nn.Module):
 class BertModel(_Encoder):
   """The bare encoder (task "encoder"): token ids to hidden states (B, T, hidden_size).
 
-  With `pooler=True` it returns the hidden states and the pooled first token.
+  With `pooler=True` it returns the hidden states and the pooled first token. `pooled_only=True`
+  computes the last layer for the first token alone: hidden states (B, 1, hidden_size).
   """
 
   pooler: bool = False
+  pooled_only: bool = False
 
   def setup(self) -> None:
     self.embeddings = BertEmbeddings(self.config, self.dtype)
@@ -319,7 +358,7 @@ class BertModel(_Encoder):
       token_type_ids = jnp.zeros((1, input_ids.shape[1]), jnp.int32)
     x = self.embeddings(input_ids, position_ids, token_type_ids, deterministic)
     mask = padding_mask(attention_mask, segment_ids)
-    x = BertEncoder(c, self.dtype, self.scan, self.remat, name="encoder")(
+    x = BertEncoder(c, self.dtype, self.scan, self.remat, self.pooled_only, name="encoder")(
       constrain(x), mask, deterministic
     )
     if self.pooler:

@@ -13,7 +13,19 @@ from pelt_jax.models._bert import _dense, _Encoder
 from pelt_jax.models._config import EncoderConfig
 
 
-class BertForSequenceClassification(_Encoder):
+class _SequenceClassification(_Encoder):
+  """What reads one token of each row.
+
+  Attributes:
+    pooled_only: compute the last layer for that token alone. The logits are the same, for less:
+      `model.clone(pooled_only=True)`. Needs `scan=False`; gates that are means over a row's tokens
+      refuse it.
+  """
+
+  pooled_only: bool = False
+
+
+class BertForSequenceClassification(_SequenceClassification):
   """One label per row, from BERT's pooled first token: logits (B, num_labels)."""
 
   suffix = "ForSequenceClassification"
@@ -29,7 +41,7 @@ class BertForSequenceClassification(_Encoder):
     deterministic: bool = True,
   ) -> Array:
     """Logits (B, num_labels)."""
-    _, x = self._trunk(pooler=True)(
+    _, x = self._trunk(pooler=True, pooled_only=self.pooled_only)(
       input_ids, attention_mask, position_ids, token_type_ids, deterministic=deterministic
     )
     x = self._dropout(x, deterministic)
@@ -51,7 +63,7 @@ class RobertaHead(nn.Module):
     return _dense(c, self.dtype, c.num_labels, "out_proj")(drop(x))
 
 
-class RobertaForSequenceClassification(_Encoder):
+class RobertaForSequenceClassification(_SequenceClassification):
   """One label per row, from RoBERTa's two-layer head: logits (B, num_labels)."""
 
   suffix = "ForSequenceClassification"
@@ -67,7 +79,7 @@ class RobertaForSequenceClassification(_Encoder):
     deterministic: bool = True,
   ) -> Array:
     """Logits (B, num_labels)."""
-    x = self._trunk(pooler=False)(
+    x = self._trunk(pooler=False, pooled_only=self.pooled_only)(
       input_ids, attention_mask, position_ids, token_type_ids, deterministic=deterministic
     )
     return RobertaHead(self.config, self.dtype, name="classifier")(x, deterministic)

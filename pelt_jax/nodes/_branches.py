@@ -138,6 +138,11 @@ class MeanGate(Branch):
         f"the gate at {call.path!r} is a mean over the row, which several texts share in a packed "
         "one; use gate_pool='token', or rows of one text with an attention_mask"
       )
+    if call.arg("pooled_only", False):
+      raise ValueError(
+        f"the gate at {call.path!r} is a mean over the row, of which a model with pooled_only=True "
+        "computes one token; use model.clone(pooled_only=False), or gate_pool='token'"
+      )
     real = call.arg(self.mask, None) if self.mask else None
     if real is None:
       return jnp.mean(gates, -2, keepdims=True)

@@ -3,7 +3,16 @@ import numpy as np
 import pytest
 
 import pelt_jax as pelt
-from tests.test_models.helpers import ENCODERS, PAD, build, built, close, padded, tokens
+from tests.test_models.helpers import (
+  ENCODERS,
+  PAD,
+  build,
+  built,
+  close,
+  padded,
+  tokens,
+  trees_close,
+)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -79,3 +88,49 @@ def test_one_position_of_a_masked_language_model(name):
   close(model.apply({"params": params}, ids, at=at), whole[np.arange(2), at], 2e-6)
   outside = model.apply({"params": params}, ids, at=np.array([4, 6]))
   assert np.isfinite(outside[0]).all() and np.isnan(outside[1]).all()
+
+
+def noisy(params):
+  """Params whose zero initialisations are zero no more."""
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(7), len(leaves))
+  new = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(tree, new)
+
+
+@pytest.mark.parametrize(
+  ("name", "method"),
+  [
+    ("roberta", pelt.lora(rank=2)),
+    pytest.param("bert", pelt.mam(3, bottleneck=4), marks=pytest.mark.parity),
+    pytest.param("bert", pelt.adapter("houlsby", bottleneck=4), marks=pytest.mark.parity),
+    pytest.param("bert", pelt.adapter_drop(1, bottleneck=4), marks=pytest.mark.parity),
+  ],
+)
+def test_the_last_layer_may_compute_the_pooled_token_alone(name, method):
+  """The same logits and gradients; of the last layer, queries and what follows them cost less."""
+  model, base = built(name, "classification", False)
+  ids, mask = padded(tokens(2, 9), [9, 5], "right")
+  sites = pelt.sites(model, ids, mask)
+  params = noisy(method.init(jax.random.key(0), base, sites))
+
+  def run(model):
+    apply = pelt.bypass(model.apply)
+    loss = lambda p: jax.numpy.sum(apply({"params": p}, ids, mask) ** 3)
+    compiled = jax.jit(pelt.value_and_grad(loss)).lower(*pelt.partition(params)).compile()
+    return compiled(*pelt.partition(params)), compiled.cost_analysis()["flops"]
+
+  found, few = run(model.clone(pooled_only=True))
+  wanted, many = run(model)
+  trees_close(found, wanted, 1e-5)
+  assert few < 0.9 * many
+
+
+def test_what_cannot_compute_the_pooled_token_alone_says_so():
+  model, base = built("bert", "classification", False)
+  ids, mask = padded(tokens(2, 9), [9, 5], "right")
+  params = pelt.unipelt().init(jax.random.key(0), base, pelt.sites(model, ids, mask))
+  with pytest.raises(ValueError, match="of which a model with pooled_only=True computes one token"):
+    pelt.bypass(model.clone(pooled_only=True).apply)({"params": params}, ids, mask)
+  with pytest.raises(ValueError, match="pooled_only=True needs scan=False"):
+    build("bert", "classification", scan=True).clone(pooled_only=True).init(jax.random.key(0), ids)
