@@ -18,11 +18,23 @@ class Case:
   """A PEFT configuration, and what the model needs for it."""
 
   config: dict
+  kind: str = "LORA"
   conv: bool = False
   experts: bool = False
   matrix: bool = False
 
+  @property
+  def start(self) -> bool:
+    """Whether PEFT takes the base apart, which it does in float32 alone."""
+    return "init_lora_weights" in self.config
 
+  @property
+  def atol(self) -> float:
+    """Sums of at most 11 products of numbers near 1, a few layers deep, in float64 or float32."""
+    return 5e-6 if self.start else 1e-12
+
+
+BOTH = dict(target_modules=["lin", "lin2"])
 CASES = {
   "plain": Case(dict(r=2, lora_alpha=6, target_modules=["lin", "lin2"])),
   "rslora": Case(dict(r=4, lora_alpha=6, use_rslora=True, target_modules=["lin", "lin2"])),
@@ -55,6 +67,16 @@ CASES = {
     experts=True,
   ),
   "matrix": Case(dict(r=3, lora_alpha=6, target_parameters=["mix.w"]), matrix=True),
+  "dora": Case(dict(BOTH, r=2, lora_alpha=6, use_dora=True)),
+  "pissa": Case(dict(BOTH, r=2, lora_alpha=6, init_lora_weights="pissa")),
+  "olora": Case(dict(BOTH, r=2, lora_alpha=6, init_lora_weights="olora")),
+  "adalora": Case(dict(BOTH, init_r=3, target_r=2, lora_alpha=6, total_step=10), "ADALORA"),
+  "ia3": Case(dict(BOTH, feedforward_modules=["lin2"]), "IA3"),
+  "vera": Case(dict(BOTH, r=4), "VERA"),
+  "loha": Case(dict(BOTH, r=2, alpha=6), "LOHA"),
+  "lokr": Case(dict(BOTH, r=2, alpha=6), "LOKR"),
+  "miss": Case(dict(BOTH, r=2), "MISS"),
+  "hira": Case(dict(BOTH, r=2), "HIRA"),
 }
 
 

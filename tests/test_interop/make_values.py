@@ -5,7 +5,7 @@
 Every case of `harness.CASES` gets a folder with PEFT's own two files and `values.npz`: the base's
 tensors, the outputs of the adapted and of the merged model, and the gradient of every trained
 tensor for the loss sum(output * COTANGENT). Trained tensors are moved by 0.3 * N(0, 1) first,
-since a zero factor would hide errors.
+since a zero factor would hide errors. PiSSA and OLoRA take the base apart in float32.
 """
 
 import json
@@ -14,7 +14,7 @@ import warnings
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 from tests.test_interop.harness import CASES, COTANGENT, DATA, IDS, Case
@@ -69,30 +69,42 @@ def outputs(model: torch.nn.Module) -> np.ndarray:
 
 
 def load_in_peft(case: Case, folder: pathlib.Path) -> PeftModel:
-  return PeftModel.from_pretrained(torch_model(case), str(folder), autocast_adapter_dtype=False)
+  model = PeftModel.from_pretrained(torch_model(case), str(folder), autocast_adapter_dtype=False)
+  return model.double()  # VeRA's pair is float32 at first
+
+
+def adapted(case: Case) -> tuple[PeftModel, dict, dict]:
+  """A model under PEFT, its trained tensors moved; what `values.npz` says of its base; those."""
+  model = torch_model(case)
+  model = model.float() if case.start else model
+  base = {f"base/{k}": v.numpy().copy() for k, v in model.state_dict().items()}
+  base |= {"conv": np.array(True)} if case.conv else {}
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "fan_in_fan_out")
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[case.kind](**case.config)
+    made = get_peft_model(model, config).double()
+  trained = {n: p for n, p in made.named_parameters() if p.requires_grad}
+  # PEFT 0.21 trains AdaLoRA's divisor, though it saves none.
+  trained = {n: p for n, p in trained.items() if "ranknum" not in n}
+  for parameter in trained.values():
+    if case.start:
+      parameter.data.zero_()  # the signs of singular vectors are LAPACK's choice
+    parameter.data += 0.3 * torch.randn_like(parameter)
+  return made.eval(), base, trained
 
 
 def make(case: Case, folder: pathlib.Path) -> None:
-  model = torch_model(case)
-  base = {f"base/{k}": v.numpy().copy() for k, v in model.state_dict().items()}
-  with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "fan_in_fan_out")
-    adapted = get_peft_model(model, LoraConfig(**case.config)).double()
-  trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-  for parameter in trained.values():
-    parameter.data += 0.3 * torch.randn_like(parameter)
-  adapted.save_pretrained(str(folder))
-  out = adapted.eval()(torch.from_numpy(IDS))
+  model, base, trained = adapted(case)
+  model.save_pretrained(str(folder))
+  out = model(torch.from_numpy(IDS))
   (out * torch.from_numpy(COTANGENT)).sum().backward()
   gradients = {
     "gradient/" + n.replace(".modules_to_save.default", "").replace(".default", ""): p.grad.numpy()
     for n, p in trained.items()
   }
-  merged = outputs(adapted.merge_and_unload())
-  conv = {"conv": np.array(True)} if case.conv else {}
-  np.savez(
-    folder / "values.npz", out=out.detach().numpy(), merged=merged, **base, **gradients, **conv
-  )
+  merged = outputs(model.merge_and_unload())
+  values = dict(out=out.detach().numpy(), merged=merged, **base, **gradients)
+  np.savez_compressed(folder / "values.npz", **values)
   # The card says nothing that the tests need, and the version should not change the file.
   (folder / "README.md").unlink(missing_ok=True)
   config = json.loads((folder / "adapter_config.json").read_text())

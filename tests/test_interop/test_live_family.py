@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 import pelt_jax as pelt
 from pelt_jax.methods._lokr import divisors
 from tests import support
-from tests.test_interop.harness import COTANGENT, IDS, Case, base_params, flax_model
+from tests.test_interop.harness import BOTH, COTANGENT, IDS, Case, base_params, flax_model
 from tests.test_models import helpers
 
 torch = support.require("torch")
@@ -32,79 +32,35 @@ pytestmark = [
   pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 TENSORS = "adapter_model.safetensors"
-BOTH = dict(target_modules=["lin", "lin2"])
-# name -> (peft_type, configuration, trained entries, whether with Conv1D)
+# Beside `CASES`: name -> a case and how many entries it trains
 SMALL = {
-  "ia3": ("IA3", dict(BOTH, feedforward_modules=["lin2"]), 20, False),
-  "ia3 conv": ("IA3", dict(BOTH, feedforward_modules=["lin2"]), 20, True),
+  "ia3 conv": (Case(dict(BOTH, feedforward_modules=["lin2"]), "IA3", conv=True), 20),
   "ia3 saved": (
-    "IA3",
-    dict(target_modules=["lin"], feedforward_modules=[], modules_to_save=["head"]),
+    Case(dict(target_modules=["lin"], feedforward_modules=[], modules_to_save=["head"]), "IA3"),
     10 + 27,
-    False,
   ),
-  "vera": ("VERA", dict(BOTH, r=4), 26, False),
-  "vera conv": ("VERA", dict(BOTH, r=4), 26, True),
-  "loha": ("LOHA", dict(BOTH, r=2, alpha=6), 136, False),
+  "vera conv": (Case(dict(BOTH, r=4), "VERA", conv=True), 26),
   "loha patterns": (
-    "LOHA",
-    dict(BOTH, r=2, alpha=6, rank_pattern={"lin2": 3}, alpha_pattern={"lin": 5}),
+    Case(dict(BOTH, r=2, alpha=6, rank_pattern={"lin2": 3}, alpha_pattern={"lin": 5}), "LOHA"),
     2 * 2 * 16 + 2 * 3 * 18,
-    False,
   ),
-  "lokr": ("LOKR", dict(BOTH, r=2, alpha=6), 42, False),
-  "lokr 1": ("LOKR", dict(BOTH, r=1, alpha=6), 25, False),
-  "lokr whole": ("LOKR", dict(BOTH, r=64, alpha=6), 43, False),
+  "lokr 1": (Case(dict(BOTH, r=1, alpha=6), "LOKR"), 25),
+  "lokr whole": (Case(dict(BOTH, r=64, alpha=6), "LOKR"), 43),
   "lokr both": (
-    "LOKR",
-    dict(BOTH, r=1, alpha=3, decompose_both=True, decompose_factor=5, init_weights="lycoris"),
+    Case(
+      dict(BOTH, r=1, alpha=3, decompose_both=True, decompose_factor=5, init_weights="lycoris"),
+      "LOKR",
+    ),
     # 6 = 2 * 3, 10 = 5 * 2 (10 as an input too), 8 = 2 * 4
     (2 + 5) + (3 + 2) + (5 + 2) + (2 + 4),
-    False,
   ),
-  "miss": ("MISS", dict(BOTH, r=2), 36, False),
-  "miss padded": ("MISS", dict(BOTH, r=4), 72, False),
-  "miss mini": ("MISS", dict(BOTH, r=4, mini_r=2, init_weights="mini"), 16, False),
-  "miss bat": ("MISS", dict(BOTH, r=2, init_weights="bat"), 36, False),
-  "adalora": (
-    "ADALORA",
-    dict(BOTH, init_r=3, target_r=2, lora_alpha=6, total_step=10),
-    3 * (6 + 10 + 1) + 3 * (10 + 8 + 1),
-    False,
-  ),
-  "hira": ("HIRA", dict(target_modules=["lin", "lin2", "emb"], r=2), 102, False),
+  "miss padded": (Case(dict(BOTH, r=4), "MISS"), 72),
+  "miss mini": (Case(dict(BOTH, r=4, mini_r=2, init_weights="mini"), "MISS"), 16),
+  "miss bat": (Case(dict(BOTH, r=2, init_weights="bat"), "MISS"), 36),
+  "hira table": (Case(dict(target_modules=["lin", "lin2", "emb"], r=2), "HIRA"), 102),
   # PEFT 0.21 does not look at HiRA's rank_pattern
-  "hira conv": ("HIRA", dict(BOTH, r=2, rank_pattern={"lin2": 3}), 68, True),
+  "hira conv": (Case(dict(BOTH, r=2, rank_pattern={"lin2": 3}), "HIRA", conv=True), 68),
 }
-CONFIGS = {
-  "ADALORA": hf_peft.AdaLoraConfig,
-  "IA3": hf_peft.IA3Config,
-  "VERA": hf_peft.VeraConfig,
-  "LOHA": hf_peft.LoHaConfig,
-  "LOKR": hf_peft.LoKrConfig,
-  "MISS": hf_peft.MissConfig,
-  "HIRA": hf_peft.HiraConfig,
-}
-
-
-def adapted(name, folder):
-  """A small torch model under PEFT, its trained tensors moved, saved in `folder`."""
-  kind, options, trained, conv = SMALL[name]
-  case = Case({}, conv=conv)
-  model = make_values.torch_model(case)
-  base = {f"base/{k}": v.numpy().copy() for k, v in model.state_dict().items()}
-  base |= {"conv": np.array(True)} if conv else {}
-  made = hf_peft.get_peft_model(model, CONFIGS[kind](**options)).double()
-  for at, parameter in made.named_parameters():
-    if "ranknum" in at:  # a divisor that PEFT 0.21 trains, though it saves none
-      parameter.requires_grad = False
-  tensors = {n: p for n, p in made.named_parameters() if p.requires_grad}
-  assert sum(p.numel() for p in tensors.values()) == trained
-  torch.manual_seed(1)
-  for parameter in tensors.values():
-    parameter.data += 0.3 * torch.randn_like(parameter)
-  made.save_pretrained(str(folder))
-  return case, base, made.eval(), tensors
 
 
 def exact(theirs, folder):
@@ -121,7 +77,10 @@ def exact(theirs, folder):
 def test_small_models_agree(name, tmp_path):
   """Outputs, gradients of every trained tensor, the merged model, and files both ways."""
   theirs_at, ours_at, grads_at = (tmp_path / n for n in ("theirs", "ours", "grads"))
-  case, base, theirs, trained = adapted(name, theirs_at)
+  case, entries = SMALL[name]
+  theirs, base, trained = make_values.adapted(case)
+  assert sum(p.numel() for p in trained.values()) == entries
+  theirs.save_pretrained(str(theirs_at))
   out = theirs(torch.from_numpy(IDS))
   (out * torch.from_numpy(COTANGENT)).sum().backward()
   want = out.detach().numpy()
@@ -150,7 +109,7 @@ def test_small_models_agree(name, tmp_path):
     key = key.replace(".modules_to_save.default", "").removesuffix(".default")
     error = np.abs(found[key] - parameter.grad.numpy()).max()
     assert error < 1e-12 * top, (key, error, top)
-  read_back = exact(make_values.load_in_peft(case, ours_at).double(), ours_at)
+  read_back = exact(make_values.load_in_peft(case, ours_at), ours_at)
   np.testing.assert_allclose(make_values.outputs(read_back), want, rtol=0, atol=1e-12)
   np.testing.assert_allclose(
     make_values.outputs(theirs.merge_and_unload()), want, rtol=0, atol=1e-12
@@ -216,7 +175,9 @@ def test_divisors_are_peft_s():
 
 
 def test_unscaled_biases_and_lone_options_are_refused(tmp_path):
-  case, base, _, _ = adapted("vera", tmp_path)
+  case, _ = SMALL["vera conv"]
+  theirs, base, _ = make_values.adapted(case)
+  theirs.save_pretrained(str(tmp_path))
   with jax.enable_x64(True):
     model, plain = flax_model(case), base_params(base)
     file = tmp_path / "adapter_config.json"
