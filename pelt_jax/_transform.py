@@ -1,6 +1,7 @@
 """Transforms: what a method is. `init` adds nodes, `post_step` acts after an optimizer step."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -90,6 +91,12 @@ def check_dropout(dropout: float) -> None:
   """Raises ValueError for a share that is not in [0, 1)."""
   if not 0.0 <= dropout < 1.0:
     raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
+
+
+def check_alpha(alpha: float | None) -> None:
+  """Raises ValueError for what is no positive number, or None."""
+  if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+    raise ValueError(f"alpha must be a positive number, got {alpha!r}")
 
 
 def site_key(key: jax.Array, path: str, leaf: Any = None) -> jax.Array:

@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from pelt_jax._site import Site, Targets, find
-from pelt_jax._transform import Transform, box_names, check_whole, like_box, site_key
+from pelt_jax._transform import (
+  Transform,
+  box_names,
+  check_alpha,
+  check_dropout,
+  check_whole,
+  like_box,
+)
 from pelt_jax._walk import every_node
 from pelt_jax.methods._allocator import DECAYS, SCORES, SENSITIVITIES, TIES, Schedule, allocator
-from pelt_jax.methods._gates import rewrapped
-from pelt_jax.methods._lora import lora, matrices
+from pelt_jax.methods._lora import matrices, on_lora
 from pelt_jax.nodes import LoraWeight, SvdWeight
 from pelt_jax.nodes._svd import RANKNUM
 
@@ -101,6 +107,8 @@ def adalora(
     ((4, 3), (3,), (3, 3))
   """
   check_whole(steps=steps, rank=rank, interval=interval)
+  check_alpha(alpha)
+  check_dropout(dropout)
   warmup = steps // 10 if warmup is None else warmup
   final = steps // 2 if final is None else final
   for name, value in (("warmup", warmup), ("final", final)):
@@ -131,9 +139,7 @@ def adalora(
     if value not in known:
       raise ValueError(f"{name} must be one of {known}, got {value!r}")
   alpha = float(rank) if alpha is None else alpha
-  changes = lora(
-    rank, alpha, targets=targets, layers=layers, dropout=dropout, dtype=dtype, group=group
-  )
+  layers = layers if layers is None or isinstance(layers, int) else tuple(layers)
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
     if any(isinstance(node, SvdWeight) for node in every_node(params)):
@@ -145,15 +151,15 @@ def adalora(
     count = sum(math.prod(target.site.stacked) for target in found)
     each = gamma / (2 * count) if orth == "code" else gamma
 
-    def svd(path: str, node: LoraWeight) -> SvdWeight:
+    def svd(site: Site, node: LoraWeight, key: jax.Array) -> SvdWeight:
       _, _, factors = node.axes.partition(":")
       a_axes, _, b_axes = factors.partition(",")
       if len(set(a_axes) & set(b_axes)) > 1:
         raise ValueError(
-          f"adalora: {path!r} is a stack of matrices that its module only reads, whose singular "
-          "values cannot be told apart; leave it out of targets"
+          f"adalora: {site.path!r} is a stack of matrices that its module only reads, whose "
+          "singular values cannot be told apart; leave it out of targets"
         )
-      keys = dict(zip("ab", jax.random.split(site_key(key, path, node)), strict=True))
+      keys = dict(zip("ab", jax.random.split(key), strict=True))
       drawn = {
         name: jax.tree.map(
           lambda x, k=k: _STD * jax.random.normal(k, x.shape, x.dtype), getattr(node, name)
@@ -176,7 +182,18 @@ def adalora(
         stacked=node.stacked,
       )
 
-    return rewrapped(params, changes.init(key, params, sites), svd)
+    changes = on_lora(
+      "adalora",
+      svd,
+      rank,
+      alpha,
+      targets=targets,
+      layers=layers,
+      dropout=dropout,
+      dtype=dtype,
+      group=group,
+    )
+    return changes.init(key, params, sites)
 
   schedule = Schedule(steps, warmup, final, interval, float(target_rank), decay)
   post = allocator(schedule, (betas[0], betas[1]), score, ties, sensitivity)

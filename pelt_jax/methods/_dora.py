@@ -96,6 +96,7 @@ def dora(
     return made.replace(magnitude=norm)
 
   return on_lora(
+    "dora",
     wrap,
     rank,
     alpha,

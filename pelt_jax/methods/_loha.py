@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from pelt_jax._site import Site, Targets
-from pelt_jax._transform import Transform, check_whole
+from pelt_jax._transform import Transform, check_alpha, check_whole
 from pelt_jax.methods._lora import _numbers
-from pelt_jax.methods._matrices import Matrix, check_alpha, check_rank, put, whole_matrices
+from pelt_jax.methods._matrices import Matrix, check_rank, put, whole_matrices
 from pelt_jax.nodes import LohaWeight
 
 

@@ -13,6 +13,7 @@ from pelt_jax._site import Site, Target, Targets, find, matches
 from pelt_jax._transform import (
   Transform,
   box_names,
+  check_alpha,
   check_dropout,
   check_whole,
   letter_names,
@@ -87,14 +88,52 @@ def lora(
     >>> params["kernel"].a.shape, params["kernel"].b.shape, float(params["kernel"].scaling)
     ((4, 2), (2, 3), 2.0)
   """
+  return on_lora(
+    "lora",
+    lambda site, node, key: node,
+    rank,
+    alpha,
+    targets=targets,
+    layers=layers,
+    dropout=dropout,
+    init=init,
+    rslora=rslora,
+    rank_pattern=rank_pattern,
+    alpha_pattern=alpha_pattern,
+    fused=fused,
+    plus=plus,
+    dtype=dtype,
+    group=group,
+  )
+
+
+def on_lora(
+  method: str,
+  wrap: Callable[[Site, Any, jax.Array], Weight],
+  rank: int,
+  alpha: float | None,
+  *,
+  targets: Targets,
+  layers: Iterable[int] | None,
+  dropout: float = 0.0,
+  init: str = "kaiming",
+  rslora: bool = False,
+  rank_pattern: Mapping[str, int] | None = None,
+  alpha_pattern: Mapping[str, float] | None = None,
+  fused: tuple[tuple[int, ...], int] | None = None,
+  plus: bool = False,
+  dtype: Any = None,
+  group: str | None = "trainable",
+) -> Transform:
+  """`lora` with `wrap(site, node, key)` in the place of each node; errors name `method`."""
+  layers = layers if layers is None or isinstance(layers, int) else tuple(layers)
   ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
   check_whole(rank=rank, **{f"rank_pattern[{k!r}]": v for k, v in ranks.items()})
   check_dropout(dropout)
   if init not in INITS:
     raise ValueError(f"init must be one of {INITS}, got {init!r}")
   for value in (alpha, *alphas.values()):
-    if value is not None and not (math.isfinite(value) and value > 0):
-      raise ValueError(f"alpha must be a positive number, got {value!r}")
+    check_alpha(value)
   if fused is not None and not (fused[0] and set(fused[0]) <= set(range(fused[1]))):
     raise ValueError(
       f"fused must be (chosen parts, number of parts) such as ((0, 2), 3), got {fused}"
@@ -124,11 +163,11 @@ def lora(
       of_pair = group
     common = (site, leaf, key, r, scaling, dropout, init, dtype)
     made = _lora(*common) if fused is None else _fused(*common, fused)
-    return made.replace(group=of_pair, b_group=b_group)
+    return wrap(site, made.replace(group=of_pair, b_group=b_group), key)
 
   def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
-    found = matrices(find(sites, targets, kind="leaf", layers=layers), targets, "lora")
-    return put_over("lora", key, params, [target.site for target in found], of)
+    found = matrices(find(sites, targets, kind="leaf", layers=layers), targets, method)
+    return put_over(method, key, params, [target.site for target in found], of)
 
   return Transform(initialize)
 
@@ -153,30 +192,6 @@ def put_over(
     folded = site_key(key, site.path, leaf)
     changes[site.path] = over(leaf, lambda x, s=site, k=folded: make(s, x, k))
   return update_at(params, changes)
-
-
-def on_lora(
-  wrap: Callable[[Site, LoraWeight, jax.Array], Weight],
-  rank: int,
-  alpha: float | None,
-  *,
-  targets: Targets,
-  layers: Iterable[int] | None,
-  **options: Any,
-) -> Transform:
-  """`lora` whose nodes are each replaced by `wrap(site, node, key)`; checks are LoRA's."""
-  layers = layers if layers is None or isinstance(layers, int) else tuple(layers)
-  below = lora(rank, alpha, targets=targets, layers=layers, **options)
-
-  def initialize(key: jax.Array, params: dict, sites: tuple[Site, ...]) -> dict:
-    params, changes = below.init(key, params, sites), {}
-    for target in matrices(find(sites, targets, kind="leaf", layers=layers), targets, "lora"):
-      site = target.site
-      made = lambda node, s=site: wrap(s, node, site_key(key, s.path))
-      changes[site.path] = over(require(params, site), made)
-    return update_at(params, changes)
-
-  return Transform(initialize)
 
 
 def matrices(found: list[Target], targets: Targets, method: str) -> list[Target]:

@@ -69,6 +69,7 @@ def lora_fa(
     return LoraFaWeight(**fields)
 
   return on_lora(
+    "lora_fa",
     wrap,
     rank,
     alpha,

@@ -128,9 +128,3 @@ def check_rank(method: str, rank: int, matrix: Matrix) -> None:
       f"{method}: rank {rank} exceeds the matrix at {matrix.site.path!r}, which is {matrix.inputs} "
       f"x {matrix.outputs}; lower rank, or leave it out of targets"
     )
-
-
-def check_alpha(alpha: float | None) -> None:
-  """Raises ValueError for what is no positive number, or None."""
-  if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-    raise ValueError(f"alpha must be a positive number, got {alpha!r}")

@@ -30,7 +30,7 @@ def split(method: str, factor: Factor, *args: Any, **options: Any) -> Transform:
       )
     return started(node, factor, key)
 
-  return on_lora(wrap, *args, **options)
+  return on_lora(method, wrap, *args, **options)
 
 
 def started(node: LoraWeight, factor: Factor, key: jax.Array) -> LoraWeight:

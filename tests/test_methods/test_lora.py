@@ -1,5 +1,7 @@
 """LoRA: closed forms exact in binary, then its identities."""
 
+import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -533,6 +535,29 @@ def test_mixed_batch_equals_own_runs_with_unequal_ranks():
 def test_bad_options(options, message):
   with pytest.raises(ValueError, match=message):
     pelt.lora(**options)
+
+
+def test_errors_about_targets_name_the_method():
+  model, x = nn.Dense(3), jnp.ones((1, 4))
+  sites = pelt.sites(model, x)
+  idle = tuple(dataclasses.replace(s, equations=(), called=False) for s in sites)
+  plain = model.init(jax.random.key(0), x)["params"]
+  trained = pelt.train("kernel").init(jax.random.key(1), plain, sites)
+  for method, make in {
+    "lora": pelt.lora,
+    "dora": pelt.dora,
+    "pissa": pelt.pissa,
+    "olora": pelt.olora,
+    "lora_fa": pelt.lora_fa,
+    "adalora": functools.partial(pelt.adalora, 100, target_rank=1),
+  }.items():
+    for target, params, at, message in (
+      ("bias", plain, sites, " needs matrices"),
+      ("kernel", plain, idle, ": .* never call"),
+      ("kernel", trained, sites, ": .* trains already"),
+    ):
+      with pytest.raises(ValueError, match=f"^{method}{message}"):
+        make(rank=2, targets=target).init(jax.random.key(0), params, at)
 
 
 def test_a_bias_of_several_heads_is_no_matrix():
