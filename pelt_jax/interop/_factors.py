@@ -1,12 +1,11 @@
 """The low-rank part of weight nodes as plain arrays, in one form whatever the kernel's axes."""
 
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pelt_jax._node import Weight, strip
-from pelt_jax.nodes import DoraWeight, Dropout, FusedLora, Guard, LoraWeight, Residual, SvdWeight
+from pelt_jax.nodes import DoraWeight, Dropout, Guard, Residual
 from pelt_jax.nodes._axes import letters
 from pelt_jax.nodes._pairs import pair_of
 
@@ -58,38 +57,22 @@ def _any_but(x: np.ndarray, axis: int) -> np.ndarray:
   return np.any(x != 0, axis=tuple(i for i in range(x.ndim) if i != axis % x.ndim))
 
 
-@functools.singledispatch
 def factors(node: Any) -> Factors:
-  """The change that one node adds to the leaf below it. Classes register here.
+  """The change that one node adds to the leaf below it; of a residual, what it lacks.
 
   Raises:
     ValueError: saying why the change has no such form.
   """
-  raise ValueError(
-    f"a {type(node).__name__} is no LoRA pair; merge it (pelt.merge) or save it with pelt.save"
-  )
-
-
-@factors.register(LoraWeight)
-@factors.register(FusedLora)
-@factors.register(SvdWeight)
-def _(node: LoraWeight | FusedLora | SvdWeight) -> Factors:
-  return _pair(node, _rate(node.dropout))
-
-
-@factors.register
-def _(node: Residual) -> Factors:
-  """What it lacks of the weight, with its sign."""
-  return _pair(node, None)
-
-
-def _pair(node: Any, rate: np.ndarray | None) -> Factors:
-  pair = pair_of(node)
+  try:
+    pair = pair_of(node)
+  except ValueError as error:
+    raise ValueError(f"{error}; merge it (pelt.merge) or save it with pelt.save") from None
   batch, _, outputs = letters(pair.axes)
   if len(batch) > 1:
     raise ValueError(f"it has {len(batch)} batch axes ({pair.axes!r}), PEFT knows one (experts)")
   first = pair.axes.partition(":")[0].replace(batch, "")[0]
   a, b, scaling = (np.asarray(x) for x in (pair.a, pair.b, pair.scaling))
+  rate = _rate(getattr(node, "dropout", None))
   return Factors(a, b, scaling, rate, bool(batch), first in outputs)
 
 
