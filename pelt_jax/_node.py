@@ -148,19 +148,19 @@ class Node(meta.AxisMetadata):
     """The node holding a partition spec per array.
 
     Args:
-      spec: the leaf's own partition spec, stacked axes first, one entry per axis.
-      tensor: the same without the axes of fully sharded data parallelism.
+      spec: the leaf's own partition spec, stacked axes first, one entry per axis; of a node that is
+        in no leaf's place, stacked axes alone.
+      tensor: the same without the axes of fully sharded data parallelism; of a bypass, stacked axes
+        and then what splits the features of its module.
 
     Arrays are replicated unless a class knows better; stacked axes follow the leaf's.
     """
     P = jax.sharding.PartitionSpec
 
     def of(name: str, value: Any) -> Any:
-      if isinstance(value, Node):
-        return value.specs(spec, tensor)
-      if self.kinds[name] == "base" and value is not None:
-        return P(*spec)
-      return jax.tree.map(lambda _: P(*tensor[: self.stacked]), value)
+      plain = spec if self.kinds[name] == "base" else tensor[: self.stacked]
+      inside = lambda x: x.specs(spec, tensor) if isinstance(x, Node) else P(*plain)
+      return jax.tree.map(inside, value, is_leaf=is_node)
 
     return self.replace(**{n: of(n, v) for n, v in self.children()})
 

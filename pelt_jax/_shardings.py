@@ -11,19 +11,24 @@ from pelt_jax._leaf import unbox
 from pelt_jax._node import Node, Weight
 from pelt_jax._walk import update_at, walk
 
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
 
 def shardings(
   params: Mapping[str, Any],
   base_specs: Any,
-  mesh: jax.sharding.Mesh,
+  mesh: Mesh,
   *,
   fsdp: Sequence[str] = ("fsdp", "data"),
 ) -> dict:
   """A `NamedSharding` for every array of params, nodes included.
 
   A node follows the leaf it stands for: of a kernel partitioned P(in, out), LoRA's a gets P(in,
-  None) and b P(None, out). Additions are never partitioned over the axes of fully sharded data
-  parallelism, nor along the rank. An axis that does not divide an array is dropped from it.
+  None) and b P(None, out). A prefix is split along its heads by the axis that splits the weights of
+  its attention; what acts on the residual stream (adapters, fusion, gates) and what makes other
+  arrays (generators) is on every device. Additions are never partitioned over the axes of fully
+  sharded data parallelism, nor along the rank, nor along a bank's members. An axis that does not
+  divide an array is dropped from it.
 
   Args:
     params: params with nodes.
@@ -43,8 +48,8 @@ def shardings(
   def of(path: str, value: Any) -> Any:
     value = unbox(value)  # one sharding in place of each box: it serves the array inside
     if isinstance(value, Node) and not isinstance(value, Weight):
-      spec = P(*(None,) * value.stacked)
-      return fitted(value, value.specs(tuple(spec), tuple(spec)), mesh)
+      lead = (None,) * value.stacked
+      return fitted(value, value.specs(lead, (*lead, _features(known, path, tuple(fsdp)))), mesh)
     spec = _spec_of(known, path, value)
     if not isinstance(value, Weight):
       return fitted(value, P(*spec), mesh)
@@ -57,7 +62,7 @@ def shardings(
 def gathered(
   params: Mapping[str, Any],
   base_specs: Any,
-  mesh: jax.sharding.Mesh,
+  mesh: Mesh,
   *,
   fsdp: Sequence[str] = ("fsdp", "data"),
 ) -> dict[str, jax.sharding.NamedSharding]:
@@ -114,12 +119,25 @@ def _spec_of(known: Mapping[str, Any], path: str, value: Any) -> tuple:
   return (*known[path], *(None,) * (ndim - len(known[path])))
 
 
+def _features(known: Mapping[str, Any], path: str, fsdp: tuple[str, ...]) -> Any:
+  """What splits the weights of the module at `path`, or of the nearest one round it with weights.
+
+  None where they are whole, or split along several axes of the mesh: which one is not known.
+  """
+  inside: list[Any] = []
+  while path and not inside:
+    path = path.rpartition("/")[0]
+    inside = [spec for name, spec in known.items() if name.startswith(f"{path}/" if path else "")]
+  found = {_without(axis, fsdp) for spec in inside for axis in spec} - {None}
+  return found.pop() if len(found) == 1 else None
+
+
 def _without(axis: Any, names: tuple[str, ...]) -> Any:
   left = tuple(a for a in (axis if isinstance(axis, tuple) else (axis,)) if a not in (*names, None))
   return left if len(left) > 1 else (left[0] if left else None)
 
 
-def fitted(value: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
+def fitted(value: Any, specs: Any, mesh: Mesh) -> Any:
   """Specs as shardings, without the axes that do not divide the array."""
 
   def fit(x: Any, spec: Any) -> jax.sharding.NamedSharding:

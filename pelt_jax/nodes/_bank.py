@@ -89,6 +89,13 @@ class BankWeight(Weight):
     one = jax.eval_shape(lambda m: jax.tree.map(take, m), self.members)
     return over(one, self.base).rank()
 
+  def specs(self, spec: tuple, tensor: tuple) -> "BankWeight":
+    whole = over(self.members, self.base).specs(spec, tensor)  # as one member's
+    split, lead = jax.sharding.PartitionSpec, self.stacked
+    members = whole if self.base is None else rebased(whole, None)
+    members = jax.tree.map(lambda s: split(*s[:lead], None, *s[lead:]), members)
+    return self.replace(base=None if self.base is None else lowest(whole), members=members)
+
   def _by_row(self, run: Callable, x: jax.Array, call: Any) -> jax.Array:
     if call is None:
       return self.materialize()  # raises: there are no rows to choose by

@@ -165,6 +165,14 @@ class Prefix(Bypass):
     k, v = jnp.concatenate([own_k, k], axis=1), jnp.concatenate([own_v, v], axis=1)
     return call.next(q, k, v, mask, bias, **kwargs)
 
+  def specs(self, spec: tuple, tensor: tuple) -> "Prefix":
+    new = super().specs(spec, tensor)
+    if self.keys is None:
+      return new
+    lead, between = tensor[: self.stacked], self.array("keys").ndim - self.stacked - 2
+    heads = jax.sharding.PartitionSpec(*lead, *(None,) * between, *tensor[self.stacked :], None)
+    return new.replace(keys=heads, values=heads)
+
   def _seen(self, call: Any, length: Any, batch: int, rows: int) -> jax.Array | None:
     """Which rows are visible, (1 or B, P), or None: all are."""
     seen = None

@@ -44,6 +44,13 @@ class ExtendedEmbedding(Weight):
   def materialize(self) -> jax.Array:
     return materialize(self.base)
 
+  def specs(self, spec: tuple, tensor: tuple) -> "ExtendedEmbedding":
+    new = super().specs(spec, tensor)
+    if self.prompt is None:
+      return new
+    *lead, _, features = tensor
+    return new.replace(prompt=jax.sharding.PartitionSpec(*lead, None, features))
+
   def unmergeable(self) -> str | None:
     return "virtual tokens are no rows of the plain table; keep the adapter beside the base"
 

@@ -68,3 +68,8 @@ class BatWeight(KernelWeight):
     delta = jnp.einsum("...qcpa,...pcd->...qdpa", whole, blocks, precision="highest")
     added = jnp.einsum("...pad->...dpa", blocks)
     return (delta + added[..., None, :, :, :]).reshape(*lead, *self.matrix)
+
+  def specs(self, spec: tuple, tensor: tuple) -> "BatWeight":
+    lead, _, outputs = self.flat_specs(tensor)
+    blocks = jax.sharding.PartitionSpec(*lead, outputs, None, None)
+    return super().specs(spec, tensor).replace(blocks=blocks)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pelt_jax._shardings import Mesh
 from pelt_jax._site import Site
 from pelt_jax._walk import update_at
 
@@ -43,7 +44,7 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
 
 
-def base_specs(sites: tuple[Site, ...], mesh: jax.sharding.Mesh) -> dict:
+def base_specs(sites: tuple[Site, ...], mesh: Mesh) -> dict:
   """Partition specs of a model's plain params, from the roles of its sites.
 
   Kernels of `query`, `key`, `value` and `ffn_in` are P(fsdp, model), those of `attention_out` and
@@ -67,7 +68,7 @@ def base_specs(sites: tuple[Site, ...], mesh: jax.sharding.Mesh) -> dict:
   return update_at({}, {site.path: of(site) for site in sites if site.kind == "leaf"})
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   """A batch whose rows are split over the mesh's batch axes.
 
   Raises:
@@ -82,6 +83,6 @@ def place_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[s
   return {name: jax.device_put(value, sharding) for name, value in batch.items()}
 
 
-def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def replicate(tree: Any, mesh: Mesh) -> Any:
   """The tree with all of every array on every device, which the host can then read."""
   return jax.jit(lambda x: x, out_shardings=jax.sharding.NamedSharding(mesh, P()))(tree)

@@ -102,7 +102,7 @@ def test_scanned_layers():
 def test_specs():
   assert matrices.specs_of(PLAIN) == {"block": (None, "model")}
   assert matrices.specs_of(MINI) == {"block": ()}
-  assert matrices.specs_of(BAT) == {"blocks": ()}
+  assert matrices.specs_of(BAT) == {"blocks": ("model", None, None)}
 
 
 @pytest.mark.parametrize(("method", "rank"), [(PLAIN, 3), (PADDED, 4)])
