@@ -1,6 +1,7 @@
 """Placing params and batches on a device mesh."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from pelt_jax._shardings import Mesh
 from pelt_jax._site import Site
 from pelt_jax._walk import update_at
+from pelt_jax.training._step import TrainStep
 
 P = jax.sharding.PartitionSpec
 
@@ -86,3 +88,101 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """The tree with all of every array on every device, which the host can then read."""
   return jax.jit(lambda x: x, out_shardings=jax.sharding.NamedSharding(mesh, P()))(tree)
+
+
+def state_shardings(
+  trainable: Any, state: Any, mesh: jax.sharding.Mesh, *, moments: Sequence[str] = ()
+) -> tuple[Any, Any]:
+  """Where a step's results lie: what `jax.jit(step, out_shardings=...)` takes, without the metrics.
+
+  An array of the state whose path ends in that of a trainable array of its shape lies as that one
+  does (moments, AdaLoRA's means); every other is whole on every device (counters, factored
+  moments). What lies in the host's memory (`pelt.paged`) stays there.
+
+  Args:
+    trainable: Placed arrays, or `jax.ShapeDtypeStruct`s with shardings.
+    state: Arrays or shapes, of an optimizer and of a post-step.
+    mesh: What `make_mesh` returned.
+    moments: Mesh axes that arrays of the state are split along besides, those that follow a
+      trainable one: the first of their axes that divides and is whole. Each device then updates its
+      part and the updates are gathered, as in ZeRO's first stage (Rajbhandari et al. 2020,
+      arXiv:1910.02054). With `("data", "fsdp")` a device of n holds an n-th of them.
+
+  Returns:
+    The shardings of trainable, and those of the state.
+
+  Raises:
+    ValueError: The mesh has no such axis.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> mesh = make_mesh("data=1")
+    >>> w = jax.device_put(jnp.ones((4, 2)), jax.sharding.NamedSharding(mesh, P()))
+    >>> state = optax.adam(1e-3).init({"w": w})
+    >>> at, below = state_shardings({"w": w}, state, mesh, moments=["data"])
+    >>> at["w"].spec, below[0].mu["w"].spec, below[0].count.spec
+    (PartitionSpec(), PartitionSpec('data', None), PartitionSpec())
+  """
+  if unknown := [name for name in moments if name not in mesh.shape]:
+    raise ValueError(f"moments={tuple(moments)}: the mesh has axes {mesh.axis_names}, not {unknown}")
+  known = {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
+  whole = jax.sharding.NamedSharding(mesh, P())
+
+  def of(path: Any, x: Any) -> Any:
+    like, at = _longest(known, _path(path)), getattr(x, "sharding", None)
+    made = whole
+    if like is not None and like.shape == x.shape:
+      made = _split(like.sharding, x.shape, mesh, tuple(moments))
+    return made if at is None else made.with_memory_kind(at.memory_kind)
+
+  return jax.tree.map(lambda x: x.sharding, trainable), jax.tree_util.tree_map_with_path(of, state)
+
+
+def on_mesh(
+  train: TrainStep, mesh: jax.sharding.Mesh, *, moments: Sequence[str] = ()
+) -> TrainStep:
+  """A train step for params on a mesh: its `init` puts the state there too.
+
+  `fit` gives results the shardings of what they replace; in a loop of your own do so by
+  `out_shardings`, or the second step compiles anew.
+
+  Args:
+    train: What `train_step` returned.
+    mesh: As of `state_shardings`.
+    moments: As of `state_shardings`.
+  """
+
+  def init(params: Any) -> tuple[Any, Any, Any]:
+    trainable, frozen, state = train.init(params)
+    _, at = state_shardings(trainable, state, mesh, moments=moments)
+    return trainable, frozen, jax.device_put(state, at)
+
+  return TrainStep(init, train.step)
+
+
+def _path(keys: Any) -> str:
+  return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _longest(known: dict[str, Any], path: str) -> Any:
+  """What is known under the longest end of a path."""
+  while path not in known:
+    _, more, path = path.partition("/")
+    if not more:
+      return known.get("")
+  return known[path]
+
+
+def _split(
+  sharding: jax.sharding.NamedSharding, shape: tuple[int, ...], mesh: Any, names: tuple[str, ...]
+) -> jax.sharding.NamedSharding:
+  """The sharding with the first whole axis that divides split along `names`, if one does."""
+  axes = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
+  used = {n for axis in axes for n in (axis if isinstance(axis, tuple) else (axis,))}
+  left = tuple(n for n in names if n not in used)
+  parts = math.prod(mesh.shape[n] for n in left)
+  for i, size in enumerate(shape):
+    if left and axes[i] is None and size % parts == 0:
+      axes[i] = left if len(left) > 1 else left[0]
+      return jax.sharding.NamedSharding(mesh, P(*axes))
+  return sharding
