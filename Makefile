@@ -11,7 +11,7 @@ PARITY_HAS := torch,transformers,peft,bitsandbytes,minilm
 ifneq ($(wildcard ../shared/models/smollm2.py),)
 PARITY_HAS := $(PARITY_HAS),smollm2
 endif
-FLAX_HAS := flax_transformers,gemma,torch,peft,adapters
+FLAX_HAS := flax_transformers,gemma,lm1b,torch,peft,adapters
 # Most programs are small and run once, as in the fast suite: only those are optimized that run real
 # models, are counted, or are compared bit by bit.
 OPTIMIZED := tests/test_compiled tests/test_core/test_tree.py tests/test_models/test_parity.py
@@ -71,9 +71,13 @@ $(VENV)/parity.stamp: pyproject.toml | $(VENV)/bin/python
 
 # Flax models written by others: transformers had them up to 4.57, and encoders that take a prefix
 # from PEFT. AdapterHub's library wants that version too. Of `gemma` only the layers are used, which
-# need none of what it declares (its training framework brings TensorFlow).
+# need none of what it declares (its training framework brings TensorFlow). Flax's own examples are in
+# its sdist alone.
 $(FLAX)/test.stamp: pyproject.toml | $(FLAX)/bin/python
 	$(FLAX)/bin/python $(PIP) torch==2.13.0
-	$(FLAX)/bin/python $(PIP) -e ".[test]" transformers==4.57.6 peft==0.21.2
+	$(FLAX)/bin/python $(PIP) -e ".[test]" transformers==4.57.6 peft==0.21.2 \
+	  ml_collections==1.1.0
 	$(FLAX)/bin/python $(PIP) --no-deps gemma==3.3.0 adapters==1.3.0
+	$(FLAX)/bin/python -m pip download -qq --no-deps --no-binary flax -d $(FLAX) flax==0.12.8
+	tar -xzf $(FLAX)/flax-0.12.8.tar.gz -C $(FLAX) --strip-components=1 flax-0.12.8/examples/lm1b
 	touch $@

@@ -8,41 +8,19 @@ aot_collectives.json and aot_collectives.md. Needs what that script needs.
 """
 
 import argparse
-import collections
 import datetime
 import json
 import math
 import pathlib
-import re
 
 import aot_memory as aot  # first: it sets the platform
 import jax
 import numpy as np
-import optax
+from collectives import collectives, largest
 from reporting import write
 
 import pelt_jax as pelt
-
-MOVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-BITS = {"pred": 8, "bf16": 16, "f16": 16}
-
-
-def moved(text: str) -> dict[str, dict]:
-  """By operation and dtype: how many there are, and the bytes of the largest result."""
-  found, seen = collections.defaultdict(list), set()
-  for line in text.splitlines():
-    match = re.search(rf"= (.*?) ({'|'.join(MOVES)})(-start)?\(", line)
-    channel = re.search(r"channel_id=(\d+)", line)
-    if not match or (channel and channel[1] in seen):  # a chain of steps shares a channel
-      continue
-    seen |= {channel[1]} if channel else set()
-    results = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1])
-    results = [(d, sizes) for d, sizes in results if d in BITS or re.search(r"\d", d)]
-    for dtype, sizes in results[len(results) // 2 :] if match[3] else results:  # operands first
-      bits = BITS.get(dtype) or int(re.sub(r"\D", "", dtype))
-      count = math.prod(map(int, filter(None, sizes.split(","))))
-      found[f"{match[2]} {dtype}"].append(count * bits // 8)
-  return {n: {"count": len(sizes), "largest": max(sizes)} for n, sizes in sorted(found.items())}
+from pelt_jax import training
 
 
 def measure(target: str, mesh_text: str, gather: bool, args: argparse.Namespace) -> dict:
@@ -56,26 +34,25 @@ def measure(target: str, mesh_text: str, gather: bool, args: argparse.Namespace)
   layout = "words" if chips[0].platform == "tpu" else "rows"
   step, given, places = aot.abstract_step(args.model, args, layout, mesh, gather)
   trainable, frozen, state, batch, key = given
-  at, below = pelt.partition(places)
+  above, below = pelt.partition(places)
   put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  optimizer = optax.tree.map_params(
-    optax.adamw(1e-4), lambda _, s: s, state.optimizer, at, transform_non_params=lambda _: whole
-  )
+  trainable = jax.tree.map(put, trainable, above)
+  kept = training.state_shardings(trainable, state, mesh)
   placed = (
-    jax.tree.map(put, trainable, at),
+    trainable,
     jax.tree.map(put, frozen, below),
-    state._replace(optimizer=jax.tree.map(put, state.optimizer, optimizer)),
+    jax.tree.map(put, state, kept[1]),
     jax.tree.map(lambda x: put(x, rows), batch),
     put(key, whole),
   )
-  out = (at, state._replace(optimizer=optimizer), whole)
-  jitted = jax.jit(step, donate_argnums=(0, 2), out_shardings=out)
+  jitted = jax.jit(step, donate_argnums=(0, 2), out_shardings=(*kept, whole))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # activations keep to their rows
     compiled = jitted.lower(*placed).compile()
   text = compiled.as_text()
   if args.keep:
     (args.out / f"{target}-{mesh_text}-{gather}.hlo.txt").write_text(text)
-  return {"target": target, "mesh": mesh_text, "gathered": gather, "moved": moved(text)}
+  moved = largest(collectives(text))
+  return {"target": target, "mesh": mesh_text, "gathered": gather, "moved": moved}
 
 
 def main() -> None:

@@ -41,6 +41,8 @@ def collectives(text: str) -> list[Move]:
       entry = name if head[1] else entry
       continue
     inside[name] += _moves(line, chained)
+    if re.search(r" async-(update|done)\(", line):  # names again what its start runs
+      continue
     trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     for key, callees in re.findall(r"(\w+)=\{?((?:%[\w.-]+(?:, )?)+)", line):
       times = int(trips[1]) if trips and key == "body" else 1

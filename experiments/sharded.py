@@ -1,6 +1,6 @@
 """Training on meshes of eight virtual devices, against one device: losses, and what travels.
 
-    taskset -c 0 python experiments/sharded.py [--methods lora qlora ...] [--meshes data=2,model=4 ...]
+    taskset -c 0 python experiments/sharded.py [--methods lora ...] [--meshes data=2,model=4 ...]
 
 A tiny Llama, 20 steps of Adam, for every method and mesh, its layers looped and scanned. From each
 compiled step it reads what moves between devices (bytes of results, on one device, per step) and
@@ -33,14 +33,13 @@ import pathlib
 import time
 from typing import Any, NamedTuple
 
-DEVICES = 8
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Else most of the time goes into LLVM, for programs that run 20 steps; the same arrays move.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # what XLA cannot move well is in the table
-if "device_count" not in os.environ.get("XLA_FLAGS", ""):
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-  os.environ["XLA_FLAGS"] = flags.strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+  f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+)
 
 import flax
 import jax
@@ -70,7 +69,14 @@ SIZES = dict(
   initializer_range=0.1,
 )
 RANK, BOTTLENECK, PREFIX, HIDDEN, BLOCK = 5, 6, 7, 20, 32
-MESHES = ("data=8", "model=8", "data=2,model=4", "data=4,model=2", "fsdp=8", "data=2,fsdp=2,model=2")
+MESHES = (
+  "data=8",
+  "model=8",
+  "data=2,model=4",
+  "data=4,model=2",
+  "fsdp=8",
+  "data=2,fsdp=2,model=2",
+)
 BOUNDS = {"qlora": 1e-4}
 BOUND, MOST = 1e-5, 1.05  # of other methods' losses; of traffic
 
@@ -309,17 +315,18 @@ def as_markdown(report: dict) -> str:
   rows = {(r["method"], r["mesh"], r["scan"]): r for r in report["rows"]}
   for method, mesh in dict.fromkeys((m, at) for m, at, _ in rows):
     two = [r for scan in (False, True) if (r := rows.get((method, mesh, scan)))]
-    both = lambda text, two=two: " / ".join(map(text, two))
-    kilo = lambda r, names: f"{sum(n for o, n in r['traffic'].items() if o in names) / 1e3:.1f}"
-    ratio = both(lambda r: f"{r['ratio']:.3f}") if "ratio" in two[0] else ""
-    others = ("reduce-scatter", "collective-permute", "all-to-all")
-    lines.append(
-      f"| {method} | {mesh} | {both(lambda r: format(r['difference'], '.1e'))} "
-      f"| {both(lambda r: kilo(r, ('all-reduce',)))} | {both(lambda r: kilo(r, ('all-gather',)))} "
-      f"| {both(lambda r: kilo(r, others))} "
-      f"| {ratio} | {'; '.join(dict.fromkeys(f for r in two for f in failures(r)))} |"
-    )
+    cells = zip(*map(_cells, two), strict=True)
+    wrong = "; ".join(dict.fromkeys(f for r in two for f in failures(r)))
+    lines.append(f"| {method} | {mesh} | {' | '.join(map(' / '.join, cells))} | {wrong} |")
   return "\n".join([*lines, ""])
+
+
+def _cells(row: dict) -> list[str]:
+  """What the table says of a row; the other form of the model stands beside it."""
+  moved = dict(row["traffic"])
+  each = [moved.pop(name, 0) for name in ("all-reduce", "all-gather")]
+  kilo = [f"{size / 1e3:.1f}" for size in (*each, sum(moved.values()))]
+  return [f"{row['difference']:.1e}", *kilo, f"{row['ratio']:.3f}" if "ratio" in row else "–"]
 
 
 def main() -> None:
@@ -347,8 +354,7 @@ def main() -> None:
       row = rows[name, mesh, scan] = measure(name, mesh, built, wanted, tx)
       print(name, mesh, form, f"{row['difference']:.1e}", row.get("ratio"), row["traffic"])
       print(f"  {row['seconds']} s", "; ".join(failures(row)), flush=True)
-      order = lambda key: (*map(list.index, ([*names], [*MESHES, mesh]), key[:2]), key[2])
-      done = [rows[key] for key in sorted(rows, key=order)]
+      done = sorted(rows.values(), key=lambda r: (names.index(r["method"]), r["mesh"], r["scan"]))
       settings = {"batch": BATCH, "length": LENGTH, "steps": STEPS, "rate": RATE, "rates": RATES}
       settings["model"] = SIZES
       versions = {m.__name__: m.__version__ for m in (jax, flax, optax)}

@@ -149,9 +149,14 @@ def like_box(leaf: Any, value: jax.Array, names: tuple[str | None, ...]) -> Any:
 
 
 def box_names(leaf: Any, ndim: int) -> tuple[str | None, ...]:
-  """The axis names of the box round a base leaf, Nones where there is none."""
+  """The axis names of the box round a base leaf, Nones where there is none.
+
+  A box may name the first axes alone, as a partition spec may: attention of Flax, for one, makes
+  kernels of three axes by initializers that know two.
+  """
   leaf = innermost(leaf)
-  return tuple(leaf.names) if meta.is_axis_metadata(leaf) else (None,) * ndim
+  names = tuple(leaf.names) if meta.is_axis_metadata(leaf) else ()
+  return (*names, *(None,) * (ndim - len(names)))
 
 
 def letter_names(leaf: Any, stacked: int, kernel: str) -> tuple[tuple, dict[str, str | None]]:

@@ -83,6 +83,15 @@ def _flax_transformers():
   return transformers
 
 
+def _lm1b() -> pathlib.Path:
+  folder = pathlib.Path(sys.prefix) / "examples" / "lm1b"
+  if not folder.is_dir():
+    raise Absent(f"Flax's example is not at {folder} (its wheel lacks it, its sdist has it)")
+  if importlib.util.find_spec("ml_collections") is None:
+    raise Absent("the module 'ml_collections' is not installed, which its settings need")
+  return folder
+
+
 def _shared() -> pathlib.Path:
   folder = SHARED / "data"
   if not folder.is_dir():
@@ -156,6 +165,7 @@ PROVIDERS: dict[str, Callable[[], Any]] = {
   "flax_transformers": _flax_transformers,
   "gemma": _module("gemma"),
   "glibc": _glibc,
+  "lm1b": _lm1b,
   "minilm": _minilm,
   "peft": _module("peft"),
   "shared": _shared,

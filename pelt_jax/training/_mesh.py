@@ -91,7 +91,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def state_shardings(
-  trainable: Any, state: Any, mesh: jax.sharding.Mesh, *, moments: Sequence[str] = ()
+  trainable: Any, state: Any, mesh: Mesh, *, moments: Sequence[str] = ()
 ) -> tuple[Any, Any]:
   """Where a step's results lie: what `jax.jit(step, out_shardings=...)` takes, without the metrics.
 
@@ -124,7 +124,9 @@ def state_shardings(
     (PartitionSpec(), PartitionSpec('data', None), PartitionSpec())
   """
   if unknown := [name for name in moments if name not in mesh.shape]:
-    raise ValueError(f"moments={tuple(moments)}: the mesh has axes {mesh.axis_names}, not {unknown}")
+    raise ValueError(
+      f"moments={tuple(moments)}: the mesh has axes {mesh.axis_names}, not {unknown}"
+    )
   known = {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
   whole = jax.sharding.NamedSharding(mesh, P())
 
@@ -138,9 +140,7 @@ def state_shardings(
   return jax.tree.map(lambda x: x.sharding, trainable), jax.tree_util.tree_map_with_path(of, state)
 
 
-def on_mesh(
-  train: TrainStep, mesh: jax.sharding.Mesh, *, moments: Sequence[str] = ()
-) -> TrainStep:
+def on_mesh(train: TrainStep, mesh: Mesh, *, moments: Sequence[str] = ()) -> TrainStep:
   """A train step for params on a mesh: its `init` puts the state there too.
 
   `fit` gives results the shardings of what they replace; in a loop of your own do so by

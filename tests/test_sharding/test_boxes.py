@@ -214,3 +214,19 @@ def test_fused_lora_is_boxed_too(case):
   found = pelt.shardings(nodes, base, mesh)[case.layer]["down"]["kernel"]
   none = (None,) * len(case.lead)
   assert found.a.spec == P(*none, None, "model", None) and "model" not in found.b.spec
+
+
+def test_a_box_may_name_the_first_axes_alone():
+  class Heads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      box = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+      return nn.DenseGeneral((2, 3), kernel_init=box, use_bias=False, name="up")(x)
+
+  module, x = Heads(), jnp.ones((2, WIDTH))
+  params = module.init(jax.random.key(0), x)["params"]
+  assert params["up"]["kernel"].value.ndim == 3
+  node = pelt.lora(rank=2, targets="up").init(jax.random.key(1), params, pelt.sites(module, x))
+  node = node["up"]["kernel"]
+  assert node.a.names == ("embed", None) and node.b.names == (None, "mlp", None)
+  assert node.b.value.shape == (2, 2, 3)

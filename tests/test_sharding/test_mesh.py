@@ -44,5 +44,18 @@ def test_without_being_told_xla_moves_what_codes_stand_for():
   on_devices(f"{WORKER}assert w.check_codes('fsdp=8', 'rows', False, gather=False) == {{'f32'}}")
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+@pytest.mark.parametrize(("mesh", "scan"), [("data=2,model=4", False), ("fsdp=8", True)])
+def test_traffic_is_the_base_and_the_closed_form(name, mesh, scan):
+  on_devices(f"{WORKER}w.check_traffic({name!r}, {mesh!r}, {scan})")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("mesh", "paged"), [("fsdp=8", False), ("data=2,fsdp=2,model=2", True)])
+def test_moments_follow_the_batch(mesh, paged):
+  on_devices(f"{WORKER}w.check_moments({mesh!r}, {paged})")
+
+
 def test_gathered_names_what_is_there():
   on_devices(f"{WORKER}w.check_gathered()")
