@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> dict:
   quantizer = quantizing(args, method)
   template, asks = args.template, args.verbalizer is not None
   mesh = training.make_mesh(args.mesh) if args.mesh else None
+  if args.moments and mesh is None:
+    raise ValueError("--moments needs --mesh, which has the axes that it names")
   out = pathlib.Path(args.out)
   prepare(out, args)
 
@@ -205,6 +207,8 @@ def main(argv: list[str] | None = None) -> dict:
     method = build_method(args, steps=steps)
   loss = training.LOSSES[args.task]
   train = training.train_step(apply, loss, tx, method, clip=CLIP, accumulate=args.accumulate)
+  if mesh is not None:
+    train = training.on_mesh(train, mesh, moments=args.moments)
   if chief and args.overwrite:  # not before everything was found to be in order
     for name in OUTPUTS:
       path = out / name

@@ -99,6 +99,12 @@ def parse(argv: list[str] | None, about: str | None) -> argparse.Namespace:
   add("--paged", action="store_true", help="keep the optimizer's large arrays in host memory")
   add("--best", action="store_true", help="keep the best evaluation's adapter, not the last")
   add("--mesh", help="data=2,model=4")
+  add(
+    "--moments",
+    type=lambda text: tuple(text.split(",")),
+    default=(),
+    help="mesh axes that the optimizer's moments are split over besides: data,fsdp",
+  )
   add("--distributed", action="store_true", help="several processes; needs --mesh")
   add("--resume", action="store_true", help="go on where --out stopped")
   add("--overwrite", action="store_true", help="replace what an earlier run left in --out")

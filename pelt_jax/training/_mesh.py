@@ -104,9 +104,9 @@ def state_shardings(
     state: Arrays or shapes, of an optimizer and of a post-step.
     mesh: What `make_mesh` returned.
     moments: Mesh axes that arrays of the state are split along besides, those that follow a
-      trainable one: the first of their axes that divides and is whole. Each device then updates its
-      part and the updates are gathered, as in ZeRO's first stage (Rajbhandari et al. 2020,
-      arXiv:1910.02054). With `("data", "fsdp")` a device of n holds an n-th of them.
+      trainable one: the longest of their axes that still divides. Each device then updates its part
+      and the updates are gathered, as in ZeRO's first stage (Rajbhandari et al. 2020,
+      arXiv:1910.02054). With `("data", "fsdp")` each of n devices holds an n-th of them.
 
   Returns:
     The shardings of trainable, and those of the state.
@@ -123,10 +123,7 @@ def state_shardings(
     >>> at["w"].spec, below[0].mu["w"].spec, below[0].count.spec
     (PartitionSpec(), PartitionSpec('data', None), PartitionSpec())
   """
-  if unknown := [name for name in moments if name not in mesh.shape]:
-    raise ValueError(
-      f"moments={tuple(moments)}: the mesh has axes {mesh.axis_names}, not {unknown}"
-    )
+  _check_axes(mesh, moments)
   known = {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
   whole = jax.sharding.NamedSharding(mesh, P())
 
@@ -150,7 +147,11 @@ def on_mesh(train: TrainStep, mesh: Mesh, *, moments: Sequence[str] = ()) -> Tra
     train: What `train_step` returned.
     mesh: As of `state_shardings`.
     moments: As of `state_shardings`.
+
+  Raises:
+    ValueError: The mesh has no such axis.
   """
+  _check_axes(mesh, moments)
 
   def init(params: Any) -> tuple[Any, Any, Any]:
     trainable, frozen, state = train.init(params)
@@ -158,6 +159,13 @@ def on_mesh(train: TrainStep, mesh: Mesh, *, moments: Sequence[str] = ()) -> Tra
     return trainable, frozen, jax.device_put(state, at)
 
   return TrainStep(init, train.step)
+
+
+def _check_axes(mesh: Mesh, moments: Sequence[str]) -> None:
+  if unknown := [name for name in moments if name not in mesh.shape]:
+    raise ValueError(
+      f"moments={tuple(moments)}: the mesh has axes {tuple(mesh.axis_names)}, not {unknown}"
+    )
 
 
 def _path(keys: Any) -> str:
@@ -174,15 +182,17 @@ def _longest(known: dict[str, Any], path: str) -> Any:
 
 
 def _split(
-  sharding: jax.sharding.NamedSharding, shape: tuple[int, ...], mesh: Any, names: tuple[str, ...]
+  sharding: jax.sharding.NamedSharding, shape: tuple[int, ...], mesh: Mesh, names: tuple[str, ...]
 ) -> jax.sharding.NamedSharding:
-  """The sharding with the first whole axis that divides split along `names`, if one does."""
-  axes = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
-  used = {n for axis in axes for n in (axis if isinstance(axis, tuple) else (axis,))}
-  left = tuple(n for n in names if n not in used)
-  parts = math.prod(mesh.shape[n] for n in left)
-  for i, size in enumerate(shape):
-    if left and axes[i] is None and size % parts == 0:
-      axes[i] = left if len(left) > 1 else left[0]
-      return jax.sharding.NamedSharding(mesh, P(*axes))
-  return sharding
+  """The sharding with the longest axis that divides split along `names` too, if one does."""
+  axes = [a if isinstance(a, tuple) else (a,) if a else () for a in sharding.spec]
+  axes += [()] * (len(shape) - len(axes))
+  more = tuple(n for n in names if not any(n in axis for axis in axes))
+  parts = lambda axis: math.prod(mesh.shape[n] for n in axis)
+  fits = [i for i, size in enumerate(shape) if size % parts((*axes[i], *more)) == 0]
+  if not more or not fits:
+    return sharding
+  longest = max(fits, key=lambda i: shape[i])
+  axes[longest] = (*axes[longest], *more)
+  spec = P(*(axis if len(axis) > 1 else axis[0] if axis else None for axis in axes))
+  return jax.sharding.NamedSharding(mesh, spec)

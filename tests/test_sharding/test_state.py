@@ -76,20 +76,19 @@ def test_means_of_a_post_step_lie_as_what_they_are_of():
   assert below.scores.spec == below.kept.spec == P()
 
 
-def test_moments_are_split_along_the_first_whole_axis_that_divides():
-  trainable = {
-    "a": at((8, 3), "model"),  # 3 does not divide
-    "b": at((3, 12), None, "model"),
-    "c": at((6, 4, 12), None, None, "model"),
-    "d": at((4, 4), ("fsdp",)),  # trains as the base lies: one axis is left
+def test_moments_are_split_along_the_longest_axis_that_divides():
+  wanted = {
+    "a": (at((8, 3), "model"), P("model")),  # 16 divides neither 8 nor 3
+    "b": (at((32, 4), "model"), P(("model", "data", "fsdp"), None)),
+    "c": (at((6, 4, 12), None, None, "model"), P(None, ("data", "fsdp"), "model")),
+    "d": (at((4, 8), "fsdp"), P("fsdp", "data")),  # trains as the base lies: one axis is left
+    "e": (at(()), P()),
   }
+  trainable = {name: x for name, (x, _) in wanted.items()}
   state = jax.eval_shape(optax.sgd(1.0, momentum=0.9).init, trainable)
   above, below = training.state_shardings(trainable, state, MESH, moments=("data", "fsdp"))
-  assert above["c"].spec == P(None, None, "model")
-  trace = below[0].trace
-  assert trace["a"].spec == P("model") and trace["b"].spec == P(None, "model")
-  assert trace["c"].spec == P(None, ("data", "fsdp"), "model")
-  assert trace["d"].spec == P(("fsdp",), "data")
+  assert above == {name: x.sharding for name, x in trainable.items()}
+  assert {n: s.spec for n, s in below[0].trace.items()} == {n: s for n, (_, s) in wanted.items()}
 
 
 def test_an_axis_that_the_mesh_lacks():

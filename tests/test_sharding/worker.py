@@ -72,12 +72,9 @@ def check_moments(text, paged):
   axes = tuple(name for name in ("data", "fsdp") if name in mesh.shape)
   run = sharded.train(built, mesh, tx=tx, moments=axes)
   np.testing.assert_allclose(run.losses, wanted, rtol=0, atol=sharded.BOUND)
-  parts = int(np.prod([mesh.shape[name] for name in axes]))
   adam = run.state.optimizer[0]
   for moment in (*jax.tree.leaves(adam.mu), *jax.tree.leaves(adam.nu)):
-    spec = [n for axis in moment.sharding.spec for n in (axis if type(axis) is tuple else (axis,))]
-    if any(size % parts == 0 for size in moment.shape[1:]):
-      assert set(axes) <= set(spec), (moment.shape, spec)
+    assert all(name in str(moment.sharding.spec) for name in axes), moment.sharding
     kind = "pinned_host" if paged and moment.size >= 500 else "device"
     assert moment.sharding.memory_kind == kind, (moment.shape, moment.sharding)
   assert all("data" not in x.sharding.spec for x in jax.tree.leaves(run.trainable))

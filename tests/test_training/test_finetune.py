@@ -503,6 +503,7 @@ MESH = """
   common += ["--length", "32", "--lr", "0.01", "--set", "targets=all-linear"]
   for name in ("data=2,model=2", "fsdp=4", None):
     flags = ["--mesh", name] if name else []
+    flags += ["--moments", "fsdp"] if name == "fsdp=4" else []
     report = finetune.main([*common, *flags, "--out", {out!r} + "/" + str(name)])
     print(json.dumps([report["loss"], report["metric"]["after"]]))
 """
