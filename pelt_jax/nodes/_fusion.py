@@ -46,7 +46,8 @@ class Fusion(Branch):
     numbers = jnp.arange(jax.tree.leaves(self.members)[0].shape[0], dtype=jnp.int32)
     z = jax.vmap(lambda member, i: member(call.salt(i), x))(self.members, numbers)
     q = affine(x, self.array("query"), self.array("query_bias"))
-    k = affine(z, self.array("key"), self.array("key_bias"))
+    # Member by member: members and a batch that devices share would not be rows of one matrix.
+    k = jax.vmap(affine, (0, None, None))(z, self.array("key"), self.array("key_bias"))
     wide = np.promote_types(x.dtype, jnp.float32)
     scores = jnp.einsum("...d,n...d->...n", q, k, preferred_element_type=wide)
     weights = jax.nn.softmax(scores, axis=-1)
@@ -54,7 +55,7 @@ class Fusion(Branch):
     if self.dropout is not None:
       weights = self.dropout(call.salt(len(self.names)), weights)
     if self.value is not None:
-      z = product("...i,io->...o", z, self.array("value"))
+      z = jax.vmap(lambda z: product("...i,io->...o", z, self.array("value")))(z)
     return jnp.einsum("...n,n...d->...d", jnp.asarray(weights, x.dtype), z)
 
   @property

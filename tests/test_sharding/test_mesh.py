@@ -52,6 +52,12 @@ def test_traffic_is_the_base_and_the_closed_form(name, mesh, scan):
 
 
 @pytest.mark.parity
+def test_gradients_alone_move_where_devices_share_the_batch_alone():
+  calls = "".join(f"w.check_batch_alone({n!r})\n" for n in ("houlsby", "fusion", "bank"))
+  on_devices(WORKER + calls)
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize(("mesh", "paged"), [("fsdp=8", False), ("data=2,fsdp=2,model=2", True)])
 def test_moments_follow_the_batch(mesh, paged):
   on_devices(f"{WORKER}w.check_moments({mesh!r}, {paged})")

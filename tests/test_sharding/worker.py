@@ -62,6 +62,14 @@ def check_traffic(name, text, scan):
   assert sharded.added(run, mesh) > 0 and expected / 1.05 <= total <= 1.05 * expected
 
 
+def check_batch_alone(name):
+  """Where devices share nothing but the batch, gradients of what trains and the loss move."""
+  mesh = training.make_mesh("data=8")
+  run = sharded.train(sharded.build(sharded.methods(True)[name], True), mesh, run=False)
+  size = 4 * sum(x.size for x in jax.tree.leaves(run.trainable))
+  assert collectives.traffic(run.moves) == {"all-reduce": size + 4}, run.moves
+
+
 def check_moments(text, paged):
   """Moments split over the axes of the batch: the same losses, and as many parts of them."""
   mesh = training.make_mesh(text)
