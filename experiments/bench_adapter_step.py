@@ -5,10 +5,10 @@
 Both sides load one checkpoint and the adapter that AdapterHub saved (the shapes of trec.py), with a
 head that trains beside it, frozen base, float32, two threads, batch 32 x 32 without padding, and
 take AdamW steps on the same batch without dropout. Here, as in the main job, the last layer is
-computed for the pooled token alone where nothing else is read of it (not under UniPELT, whose gates
-are means over the row; `--whole` does it for none). Steps alternate in one process; what is compared
-is CPU time, pair by pair. The process keeps the memory that either side frees, as the main job's
-does.
+computed for the pooled token alone where nothing else is read of it: not under UniPELT, whose gates
+are means over the row, and under none with `--whole`. Steps alternate in one process; what is
+compared is CPU time, pair by pair. The process keeps the memory that either side frees, as the main
+job's does.
 
 Needs torch, transformers 4.57 and adapters.
 """
