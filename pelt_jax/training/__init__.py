@@ -43,6 +43,7 @@ from pelt_jax.training._loss import recorded as recorded
 from pelt_jax.training._memory import keep_freed_memory as keep_freed_memory
 from pelt_jax.training._mesh import base_specs as base_specs
 from pelt_jax.training._mesh import make_mesh as make_mesh
+from pelt_jax.training._mesh import on_mesh as on_mesh
 from pelt_jax.training._mesh import place_batch as place_batch
 from pelt_jax.training._mesh import replicate as replicate
 from pelt_jax.training._metrics import classification_scores as classification_scores
