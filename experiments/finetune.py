@@ -20,6 +20,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import multihost_utils
 from options import (
   HEAD,
   RATES,
@@ -38,6 +39,7 @@ from reporting import as_markdown, plot, plot_ranks, show, write
 import pelt_jax as pelt
 from pelt_jax import models, training
 
+STOPPED = 143  # what a shell says of a process that SIGTERM ended: the run is not finished
 SHOWN = 5  # of the answers, in the report
 # These are noise until they are trained.
 NOISE = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "mam", "unipelt")
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict:
   if args.distributed:
     if not args.mesh:
       raise ValueError("--distributed needs --mesh, which says what the processes share")
-    jax.distributed.initialize()
+    training.initialize_distributed()
   chief = jax.process_index() == 0
   demo = args.model == "demo"
   check_arguments(args, demo)
@@ -59,6 +61,11 @@ def main(argv: list[str] | None = None) -> dict:
   quantizer = quantizing(args, method)
   template, asks = args.template, args.verbalizer is not None
   mesh = training.make_mesh(args.mesh) if args.mesh else None
+  if args.distributed and mesh.size != jax.device_count():
+    raise ValueError(
+      f"--mesh {args.mesh}: expected all {jax.device_count()} devices of {jax.process_count()} "
+      "processes to be in it"
+    )
   out = pathlib.Path(args.out)
   prepare(out, args)
 
@@ -80,6 +87,7 @@ def main(argv: list[str] | None = None) -> dict:
     scan=args.scan,
     remat=args.remat,
     transform=quantizer,
+    shardings=None if mesh is None else training.on_mesh(mesh),
     key=jax.random.key(args.seed),
   )
   tokenizer = tokenizer or training.load_tokenizer(model.config.source)
@@ -205,10 +213,12 @@ def main(argv: list[str] | None = None) -> dict:
     method = build_method(args, steps=steps)
   loss = training.LOSSES[args.task]
   train = training.train_step(apply, loss, tx, method, clip=CLIP, accumulate=args.accumulate)
-  if chief and args.overwrite:  # not before everything was found to be in order
-    for name in OUTPUTS:
+  if args.overwrite:  # not before everything was found to be in order
+    for name in OUTPUTS if chief else ():
       path = out / name
       shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if args.distributed:  # nobody looks for checkpoints before
+      multihost_utils.sync_global_devices("overwritten")
   same = run_options(args, steps) | {"contents of the files": fingerprint(train_rows, eval_rows)}
   checkpoints = training.Checkpoints(out / "checkpoints", same)
   if args.resume and checkpoints.latest() is None and not args.quiet:
@@ -239,20 +249,19 @@ def main(argv: list[str] | None = None) -> dict:
     writing["after"] = write_answers(done.params)
   if sample:
     sample.append(continuation(apply, done.params, tokenizer, virtual))
-  final = done.params if mesh is None else training.replicate(done.params, mesh)
-  if not chief:
-    return {}
-  kept = pelt.fold(final)  # what made prompts and prefixes is in checkpoints/
-  allotted = pelt.ranks(final) if args.method == "adalora" else None
+  kept = pelt.fold(done.params)  # what made prompts and prefixes is in checkpoints/
+  allotted = pelt.ranks(done.params) if args.method == "adalora" else None
   if allotted:
     kept = pelt.shrink(kept)
-  pelt.save(out / "adapter", kept)
+  pelt.save(out / "adapter", kept)  # all take part, the chief writes
+  if not chief:
+    return {}
   if labels:
     write(out / "adapter" / "labels.json", json.dumps(labels, indent=2) + "\n")
   if template:
     written = {"template": template.source, "verbalizer": args.verbalizer}
     write(out / "adapter" / "template.json", json.dumps(written, indent=2) + "\n")
-  count, left = pelt.count(final, sites), pelt.count(kept, sites)
+  count, left = pelt.count(done.params, sites), pelt.count(kept, sites)
   report = {
     "method": args.method,
     "model": args.model,
@@ -409,6 +418,9 @@ if __name__ == "__main__":
   except KeyboardInterrupt:
     print("stopped; the same command with --resume goes on from the last checkpoint")
     sys.exit(130)
+  except training.Interrupted as stop:
+    print(f"{stop} (the same command with --resume does)")
+    sys.exit(STOPPED)
   except (ValueError, OSError, training.Diverged) as error:
     if "--traceback" in sys.argv:
       raise

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from jax.experimental import multihost_utils
 
 from pelt_jax._leaf import innermost
 from pelt_jax._node import REGISTRY, Node, Weight, strip
@@ -29,6 +30,7 @@ def save(folder: str | os.PathLike, params: dict) -> None:
   """Saves what a method added to params: nodes, their static fields and their arrays.
 
   An existing adapter in the folder is replaced in one step: a crash leaves the old or the new one.
+  Of several processes (`jax.distributed`) all call this, and the first writes.
 
   Args:
     folder: made if absent.
@@ -57,6 +59,8 @@ def save(folder: str | os.PathLike, params: dict) -> None:
   if not nodes:
     raise ValueError("params hold no nodes, so there is no adapter to save; was it merged already?")
   base = {path: _identity(leaf) for path, leaf in leaves.items()}
+  if jax.process_index() > 0:
+    return
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder, {"format": "pelt_jax", "version": _VERSION, "nodes": nodes, "base": base}, arrays)
@@ -180,13 +184,20 @@ def _describe(node: Node, path: str, arrays: dict, leaves: dict, at: str) -> dic
       return "base"
     if kind == "derived":
       return "derived"
-    arrays[at] = np.asarray(strip(value))
+    arrays[at] = _on_host(strip(value))
     box = {"box": list(value.names)} if meta.is_axis_metadata(value) else {}
     return {"array": at, **box}
 
   fields = {n: entry(n, v, node.kinds[n], f"{at}/{n}") for n, v in node.children()}
   statics = {n: getattr(node, n) for n, k in node.kinds.items() if k == "static"}
   return {"type": type(node).__name__, "static": statics, "fields": fields}
+
+
+def _on_host(x: Any) -> np.ndarray:
+  """An array, whose parts may be on devices of other processes."""
+  if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(x)
 
 
 def _build(node: dict, path: str, arrays: dict, below: Any) -> Node:
