@@ -177,6 +177,7 @@ def fit(
     asked_to_stop = lambda step: False
     if checkpoints is not None:
       asked_to_stop = stack.enter_context(interruptions())
+      stack.push(lambda kind, *_: _ended(checkpoints, kind))
     advance = stack.enter_context(bar("training", steps, start, progress))
     while number < steps and not stopped:
       if checkpoints is not None and asked_to_stop(number):
@@ -217,8 +218,6 @@ def fit(
         mark = None
     if (loss := flush()) is not None:
       advance(f"loss {loss:.4f}", 0)
-    if checkpoints is not None:
-      checkpoints.wait()
   if metric is not None and history.best is not None:
     trainable = best
   return Fit(
@@ -231,3 +230,12 @@ def fit(
     program.seconds,
     program.cost(),
   )
+
+
+def _ended(checkpoints: Checkpoints, error: type[BaseException] | None) -> None:
+  """Sees to it that what was saved is written, also when training failed."""
+  if error is None:
+    checkpoints.wait()
+  elif jax.process_count() == 1:  # the others may never come
+    with contextlib.suppress(OSError):
+      checkpoints.wait()
