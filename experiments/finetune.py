@@ -10,6 +10,7 @@ Writes into --out: adapter/ (what was trained), report.json, report.md, loss.png
 import argparse
 import json
 import math
+import os
 import pathlib
 import platform
 import shutil
@@ -411,6 +412,14 @@ def continuation(apply, params, tokenizer, virtual) -> str:
   return PROMPT + tokenizer.decode(made.tokens[0].tolist())
 
 
+def fail(message: str) -> None:
+  """Ends the process; one of several at once, or it would wait for those that are gone."""
+  if jax.distributed.is_initialized():
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+  sys.exit(f"error: {message}")
+
+
 if __name__ == "__main__":
   training.keep_freed_memory()
   try:
@@ -424,4 +433,9 @@ if __name__ == "__main__":
   except (ValueError, OSError, training.Diverged) as error:
     if "--traceback" in sys.argv:
       raise
-    sys.exit(f"error: {error}")
+    fail(str(error))
+  except jax.errors.JaxRuntimeError as error:
+    if not jax.distributed.is_initialized() or "--traceback" in sys.argv:
+      raise
+    first = str(error).splitlines()[0]
+    fail(f"{first}\nIf a process was lost, start all of them again, with --resume")

@@ -19,7 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 from load_memory import make
-from processes import outputs, start
+from processes import Processes
 from reporting import write
 
 from pelt_jax import models, training
@@ -89,10 +89,10 @@ def main(argv: list[str] | None = None) -> dict:
   with tempfile.TemporaryDirectory() as folder:
     make(pathlib.Path(folder), args.layers)
     file = sum(f.stat().st_size for f in pathlib.Path(folder).glob("*.safetensors"))
-    jobs = start([__file__, "--child", folder], PROCESSES)
-    texts = outputs(jobs)
-  for job, text in zip(jobs, texts, strict=True):
-    if job.returncode:
+    jobs = Processes([__file__, "--child", folder], PROCESSES)
+    codes, texts = jobs.wait(), jobs.texts()
+  for code, text in zip(codes, texts, strict=True):
+    if code:
       raise RuntimeError(text)
   of_each = [json.loads(text.splitlines()[-1]) for text in texts]
   meshes = []

@@ -150,21 +150,38 @@ class Checkpoints:
     Raises:
       FileNotFoundError: There is no checkpoint.
       CheckpointMismatch: Options, nodes, static fields, shapes or dtypes differ; names the first.
+      OSError: The checkpoint is damaged; names the one before it.
     """
     self.wait()
     step = self.latest() if step is None else step
     if step is None:
       raise FileNotFoundError(f"{self._folder}: there is no checkpoint to resume from")
-    read = self._manager.restore(step, args=ocp.args.Composite(sidecar=ocp.args.JsonRestore()))
-    sidecar = read["sidecar"]
+    with self._readable(step):
+      sidecar = self._manager.restore(
+        step, args=ocp.args.Composite(sidecar=ocp.args.JsonRestore())
+      )["sidecar"]
     _compare(self._folder / str(step), sidecar, self._options, structure(like))
     leaves, treedef = jax.tree.flatten(like)
     targets = {_name(i): _target(x) for i, x in enumerate(leaves)}
-    arrays = self._manager.restore(
-      step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
-    )["arrays"]
+    with self._readable(step):
+      arrays = self._manager.restore(
+        step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
+      )["arrays"]
     restored = [_like(arrays[_name(i)], x) for i, x in enumerate(leaves)]
     return step, jax.tree.unflatten(treedef, restored), sidecar["meta"]
+
+  @contextlib.contextmanager
+  def _readable(self, step: int) -> Iterator[None]:
+    """Errors that say which checkpoint is damaged and which to take instead."""
+    try:
+      yield
+    except Exception as error:
+      where, first = self._folder / str(step), str(error).strip().partition("\n")[0]
+      before = max((n for n in self._manager.all_steps() if n < step), default=None)
+      rest = "to start anew" if before is None else f"to resume from that of step {before}"
+      raise OSError(
+        errno.EIO, f"the checkpoint {where} is damaged ({first[:300]}); remove it {rest}"
+      ) from error
 
   def close(self) -> None:
     """Ends background work; raises as `wait` does."""

@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -111,14 +112,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 def commits(monkeypatch):
   """What is called when a checkpoint is about to appear."""
   actions = []
-  for name in ("rename", "replace"):
 
-    def moved(source, target, real=getattr(os, name), **options):
+  def acting(real):
+    def moved(source, target, **options):
       for act in actions if "orbax-checkpoint-tmp" in str(source) else ():
         act(target)
       return real(source, target, **options)
 
-    monkeypatch.setattr(os, name, moved)
+    return moved
+
+  for name in ("rename", "replace"):
+    monkeypatch.setattr(os, name, acting(getattr(os, name)))
   return actions
 
 
@@ -203,8 +207,15 @@ SAVER = """
 """
 
 
-@pytest.mark.parametrize("after_ms", [0, 15, 40])
+ANY = [pytest.param(None, marks=pytest.mark.parity, id=f"random{i}") for i in range(5)]
+
+
+@pytest.mark.parametrize("after_ms", [15, *ANY])
 def test_killed_while_saving(tmp_path, after_ms):
+  """Saves follow each other, so that any moment is during one."""
+  if after_ms is None:
+    after_ms = random.SystemRandom().uniform(0, 200)
+    print(f"{after_ms} ms")
   saver = subprocess.Popen(
     [sys.executable, "-c", textwrap.dedent(SAVER), str(tmp_path)],
     cwd=REPOSITORY,
