@@ -95,7 +95,13 @@ class Lab:
     command += [text for key, value in options.items() for text in (f"--{key}", str(value))]
     if count > 1:
       command += ["--mesh", str(MESHES[count]), "--distributed"]
-    settings = {"FORCE_COLOR": "1", "TTY_INTERACTIVE": "1", "TERM": "xterm", "COLUMNS": "160"}
+    settings = {
+      "PYTHONUNBUFFERED": "1",
+      "FORCE_COLOR": "1",
+      "TTY_INTERACTIVE": "1",
+      "TERM": "xterm",
+      "COLUMNS": "160",
+    }
     settings["JAX_COMPILATION_CACHE_DIR"] = str(self.folder / "cache")
     settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return Run(self.folder / name, command, count, **settings)
@@ -106,7 +112,7 @@ class Lab:
     if any(codes):
       raise RuntimeError("\n".join(jobs.texts()))
     report = json.loads((jobs.out / "report.json").read_text())
-    return report | {"first": shown(jobs)[0]}
+    return report | {"first": resumed(jobs)}
 
   def difference(self, report: dict) -> float:
     """The largest relative difference of a step's loss from the undisturbed run's."""
@@ -117,6 +123,13 @@ class Lab:
 def shown(jobs: Run) -> list[int]:
   """The steps that the progress bar of the first process showed."""
   return [int(n) for n in re.findall(rf"(\d+)/{STEPS}\b", jobs.texts()[0])] or [0]
+
+
+def resumed(jobs: Run) -> int | None:
+  """The step that the run went on from; None if it was ended before that."""
+  text = jobs.texts()[0]
+  found = re.search(r"resuming at step (\d+)", text)
+  return int(found[1]) if found else 0 if "starting anew" in text else None
 
 
 def complete(folder: pathlib.Path) -> int:
@@ -171,7 +184,7 @@ def killed_while_saving(lab: Lab, seed: int) -> dict:
     jobs.kill()
     kills.append({"saved": saved, "reached": max(shown(jobs)), "processes": count})
     if number:
-      kills[-2]["resumed_from"] = shown(jobs)[0]
+      kills[-2]["resumed_from"] = resumed(jobs)
   report = lab.finished(lab.start("killed", counts[-1]))
   kills[-1]["resumed_from"] = report["first"]
   if any(kill["resumed_from"] < kill["saved"] for kill in kills):

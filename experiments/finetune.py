@@ -222,8 +222,12 @@ def main(argv: list[str] | None = None) -> dict:
       multihost_utils.sync_global_devices("overwritten")
   same = run_options(args, steps) | {"contents of the files": fingerprint(train_rows, eval_rows)}
   checkpoints = training.Checkpoints(out / "checkpoints", same)
-  if args.resume and checkpoints.latest() is None and not args.quiet:
-    print(f"no checkpoint in {out / 'checkpoints'}: starting anew")
+  if args.resume and chief and not args.quiet:
+    last, where = checkpoints.latest(), out / "checkpoints"
+    found = (
+      f"no checkpoint in {where}: starting anew" if last is None else f"resuming at step {last}"
+    )
+    print(found, flush=True)
   every = max(1, loader.steps_per_epoch if args.epochs else math.ceil(steps / 4))
   done = training.fit(
     train,

@@ -1,4 +1,4 @@
-"""The Python blocks of docs/ run, on eight devices and again on four, where the first stopped."""
+"""The Python blocks of docs/ run, on four devices and again on two, where the first stopped."""
 
 import re
 import textwrap
@@ -33,9 +33,9 @@ def test_a_script_of_ones_own(tmp_path):
   folder.mkdir()
   tiny.save_llama(folder, hidden_size=32)
   code = BEFORE.format(here=str(tmp_path), folder=str(folder)) + "\n".join(BLOCKS)
-  first = on_devices(code + AFTER.format(start=0), devices=8)
+  first = on_devices(code + AFTER.format(start=0), devices=4)
   (tmp_path / "checkpoints" / "20").rename(tmp_path / "lost")
-  again = on_devices(code + AFTER.format(start=10), devices=4)
+  again = on_devices(code + AFTER.format(start=10), devices=2)
   assert float(again) == pytest.approx(float(first), rel=1e-5)
   assert (tmp_path / "adapter" / "adapter.json").exists()
 

@@ -21,7 +21,7 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import training
-from tests.support import REPOSITORY, require
+from tests.support import REPOSITORY, on_devices, require
 from tests.test_training import tiny
 
 
@@ -241,3 +241,71 @@ def test_killed_while_saving(tmp_path, after_ms):
   checkpoints.wait()
   assert checkpoints.latest() == step + 1
   assert not list(pathlib.Path(tmp_path).glob("*tmp*"))
+
+
+MESHES = """
+  import sys
+  import jax, jax.numpy as jnp, numpy as np, optax
+  import pelt_jax as pelt
+  from pelt_jax import training
+  from tests.test_training import tiny
+
+  model, base = tiny.llama(hidden_size=64, intermediate_size=128)
+  sites = pelt.sites(model, jnp.zeros((1, 4), jnp.int32))
+  method = pelt.chain(pelt.nf4(block=32), pelt.lora(rank=2, targets="all-linear"))
+
+  def tree(mesh, seed):
+    params = method.init(jax.random.key(seed), base, sites)
+    params = jax.tree.map(lambda x: x + jnp.ones((), x.dtype) * seed, params)
+    shardings = pelt.shardings(params, training.base_specs(sites, mesh), mesh)
+    params = jax.device_put(params, shardings)
+    state = optax.adam(1e-3).init(pelt.partition(params)[0])
+    return {"params": params, "state": state, "key": jax.random.key(seed)}
+
+  def delta(tree):
+    return pelt.partition(tree["params"])[0]
+
+  one, other = training.make_mesh("fsdp=4"), training.make_mesh("data=2,model=2")
+  with jax.set_mesh(one):
+    saved = tree(one, 1)
+    for name, part in (("full", saved), ("delta", delta(saved))):
+      checkpoints = training.Checkpoints(f"{sys.argv[1]}/{name}")
+      checkpoints.save(3, part, {"data": {"next": 12}})
+      checkpoints.close()
+  plain = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  with jax.set_mesh(other):
+    like = tree(other, 2)
+    for name, before, after in (("full", saved, like), ("delta", delta(saved), delta(like))):
+      step, back, meta = training.Checkpoints(f"{sys.argv[1]}/{name}").restore(after)
+      assert (step, meta) == (3, {"data": {"next": 12}})
+      assert jax.tree.structure(back) == jax.tree.structure(before)
+      moved = 0
+      for a, b, c in zip(*map(jax.tree.leaves, (before, back, after)), strict=True):
+        np.testing.assert_array_equal(np.asarray(plain(a)), np.asarray(plain(b)))
+        assert b.sharding.is_equivalent_to(c.sharding, b.ndim)
+        moved += not a.sharding.is_equivalent_to(c.sharding, b.ndim)
+      assert moved > 0
+"""
+
+
+@pytest.mark.parity
+def test_another_mesh(tmp_path):
+  """All of params with codes and moments, and what trains alone."""
+  on_devices(textwrap.dedent(MESHES).replace("sys.argv[1]", repr(str(tmp_path))), devices=4)
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before(tmp_path):
+  checkpoints = saved(tmp_path, 1, {"w": jnp.arange(1 << 12)}, {})
+  checkpoints.save(2, {"w": jnp.arange(1 << 12)}, {})
+  checkpoints.close()
+  arrays = (p for p in (tmp_path / "2" / "arrays").rglob("*") if p.is_file())
+  largest = max(arrays, key=lambda p: p.stat().st_size)
+  content = largest.read_bytes()
+  like = {"w": jnp.zeros(1 << 12, jnp.int32)}
+  message = "checkpoint .*2 is damaged .*; remove it to resume from that of step 1"
+  for damage in (lambda: largest.write_bytes(content[: len(content) // 2]), largest.unlink):
+    damage()
+    with pytest.raises(OSError, match=message):
+      training.Checkpoints(tmp_path).restore(like)
+  shutil.rmtree(tmp_path / "2")
+  assert training.Checkpoints(tmp_path).restore(like)[0] == 1
