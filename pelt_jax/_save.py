@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
-from jax.experimental import multihost_utils
 
+from pelt_jax._host import on_host
 from pelt_jax._leaf import innermost
 from pelt_jax._node import REGISTRY, Node, Weight, strip
 from pelt_jax._walk import get_at, update_at, walk
@@ -184,20 +184,13 @@ def _describe(node: Node, path: str, arrays: dict, leaves: dict, at: str) -> dic
       return "base"
     if kind == "derived":
       return "derived"
-    arrays[at] = _on_host(strip(value))
+    arrays[at] = on_host(strip(value))
     box = {"box": list(value.names)} if meta.is_axis_metadata(value) else {}
     return {"array": at, **box}
 
   fields = {n: entry(n, v, node.kinds[n], f"{at}/{n}") for n, v in node.children()}
   statics = {n: getattr(node, n) for n, k in node.kinds.items() if k == "static"}
   return {"type": type(node).__name__, "static": statics, "fields": fields}
-
-
-def _on_host(x: Any) -> np.ndarray:
-  """An array, whose parts may be on devices of other processes."""
-  if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-  return np.asarray(x)
 
 
 def _build(node: dict, path: str, arrays: dict, below: Any) -> Node:
