@@ -159,7 +159,7 @@ def ended(jobs: Run) -> str:
   told = [re.sub(r"\x1b\[[\d;?]*\w", "", text) for text in jobs.texts()]
   lines = [line for text in told for line in text.splitlines()]
   marked = [line for line in lines if line.startswith(("error:", "stopped by"))]
-  return marked[-1] if marked else ""
+  return marked[-1].replace(f"{jobs.out.parent}/", "") if marked else ""
 
 
 def row(fault: str, counts: str, happened: str, at: int, report: dict, lab: Lab, **more) -> dict:
@@ -284,9 +284,10 @@ def as_markdown(found: dict) -> str:
     [
       "# Faults\n",
       f"{found['date']}, jax {found['jax']}, Python {found['python']}. {STEPS} steps, a "
-      f"checkpoint every {INTERVAL}. Steps lost are those computed again, as the progress bar showed "
-      "them; the difference is the largest of any step's loss from one process without a fault. "
-      f"Without a fault it is {max(found['undisturbed'].values()):.1e} in two and four processes.\n",
+      f"checkpoint every {INTERVAL}. Steps lost are those computed again, as the progress bar "
+      "showed them; the difference is the largest of any step's loss from one process without a "
+      "fault. "
+      f"Without one, two and four processes differ by {max(found['undisturbed'].values()):.1e}.\n",
       "| injected | processes, before → after | what happened | steps lost | difference |",
       "|---|---|---|---|---|",
       *lines,

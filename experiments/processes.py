@@ -31,6 +31,7 @@ class Processes:
     }
     address = f"127.0.0.1:{free_port()}"
     self.jobs: list[subprocess.Popen] = []
+    self._texts: list[str] | None = None
     self._written = [tempfile.TemporaryFile() for _ in range(count)]  # noqa: SIM115
     for number, written in enumerate(self._written):
       own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(number)}
@@ -53,16 +54,21 @@ class Processes:
       self.kill()
 
   def kill(self) -> None:
+    """Ends those that have not ended."""
     for job in self.jobs:
       if job.poll() is None:
         job.send_signal(signal.SIGKILL)
         job.wait()
+    self._texts = self.texts()
+    for written in self._written:
+      written.close()
 
   def texts(self) -> list[str]:
     """What each has written so far."""
+    if self._texts is not None:
+      return self._texts
     found = []
-    for written in self._written:
-      # A position of its own: the child writes at the one they share.
+    for written in self._written:  # from the start, whatever position the child is at
       size = os.fstat(written.fileno()).st_size
       found.append(os.pread(written.fileno(), size, 0).decode(errors="replace"))
     return found

@@ -127,12 +127,12 @@ class Checkpoints:
       )
 
   def _failed(self, step: int, why: str) -> OSError:
-    last = self.latest()
+    last, full = self.latest(), "disk is full" in why
     kept = "there is none before it" if last is None else f"that of step {last} is intact"
     return OSError(
-      errno.ENOSPC if "full" in why else errno.EIO,
+      errno.ENOSPC if full else errno.EIO,
       f"the checkpoint of step {step} could not be written ({why}); {kept}. "
-      "Free some space and resume",
+      + ("Free some space and resume" if full else "Start again, and resume"),
       str(self._folder),
     )
 
