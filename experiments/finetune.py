@@ -10,6 +10,7 @@ Writes into --out: adapter/ (what was trained), report.json, report.md, loss.png
 import argparse
 import json
 import math
+import os
 import pathlib
 import platform
 import shutil
@@ -20,6 +21,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import multihost_utils
 from options import (
   HEAD,
   RATES,
@@ -38,6 +40,7 @@ from reporting import as_markdown, plot, plot_ranks, show, write
 import pelt_jax as pelt
 from pelt_jax import models, training
 
+STOPPED = 143  # what a shell says of a process that SIGTERM ended: the run is not finished
 SHOWN = 5  # of the answers, in the report
 # These are noise until they are trained.
 NOISE = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "mam", "unipelt")
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> dict:
   if args.distributed:
     if not args.mesh:
       raise ValueError("--distributed needs --mesh, which says what the processes share")
-    jax.distributed.initialize()
+    training.initialize_distributed()
   chief = jax.process_index() == 0
   demo = args.model == "demo"
   check_arguments(args, demo)
@@ -61,6 +64,11 @@ def main(argv: list[str] | None = None) -> dict:
   mesh = training.make_mesh(args.mesh) if args.mesh else None
   if args.moments and mesh is None:
     raise ValueError("--moments needs --mesh, which has the axes that it names")
+  if args.distributed and mesh.size != jax.device_count():
+    raise ValueError(
+      f"--mesh {args.mesh}: expected all {jax.device_count()} devices of {jax.process_count()} "
+      "processes to be in it"
+    )
   out = pathlib.Path(args.out)
   prepare(out, args)
 
@@ -82,6 +90,7 @@ def main(argv: list[str] | None = None) -> dict:
     scan=args.scan,
     remat=args.remat,
     transform=quantizer,
+    shardings=None if mesh is None else training.model_shardings(mesh),
     key=jax.random.key(args.seed),
   )
   tokenizer = tokenizer or training.load_tokenizer(model.config.source)
@@ -209,14 +218,20 @@ def main(argv: list[str] | None = None) -> dict:
   train = training.train_step(apply, loss, tx, method, clip=CLIP, accumulate=args.accumulate)
   if mesh is not None:
     train = training.on_mesh(train, mesh, moments=args.moments)
-  if chief and args.overwrite:  # not before everything was found to be in order
-    for name in OUTPUTS:
+  if args.overwrite:  # not before everything was found to be in order
+    for name in OUTPUTS if chief else ():
       path = out / name
       shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if args.distributed:  # nobody looks for checkpoints before
+      multihost_utils.sync_global_devices("overwritten")
   same = run_options(args, steps) | {"contents of the files": fingerprint(train_rows, eval_rows)}
   checkpoints = training.Checkpoints(out / "checkpoints", same)
-  if args.resume and checkpoints.latest() is None and not args.quiet:
-    print(f"no checkpoint in {out / 'checkpoints'}: starting anew")
+  if args.resume and chief and not args.quiet:
+    last, where = checkpoints.latest(), out / "checkpoints"
+    found = (
+      f"no checkpoint in {where}: starting anew" if last is None else f"resuming at step {last}"
+    )
+    print(found, flush=True)
   every = max(1, loader.steps_per_epoch if args.epochs else math.ceil(steps / 4))
   done = training.fit(
     train,
@@ -243,20 +258,19 @@ def main(argv: list[str] | None = None) -> dict:
     writing["after"] = write_answers(done.params)
   if sample:
     sample.append(continuation(apply, done.params, tokenizer, virtual))
-  final = done.params if mesh is None else training.replicate(done.params, mesh)
-  if not chief:
-    return {}
-  kept = pelt.fold(final)  # what made prompts and prefixes is in checkpoints/
-  allotted = pelt.ranks(final) if args.method == "adalora" else None
+  kept = pelt.fold(done.params)  # what made prompts and prefixes is in checkpoints/
+  allotted = pelt.ranks(done.params) if args.method == "adalora" else None
   if allotted:
     kept = pelt.shrink(kept)
-  pelt.save(out / "adapter", kept)
+  pelt.save(out / "adapter", kept)  # all take part, the chief writes
+  if not chief:
+    return {}
   if labels:
     write(out / "adapter" / "labels.json", json.dumps(labels, indent=2) + "\n")
   if template:
     written = {"template": template.source, "verbalizer": args.verbalizer}
     write(out / "adapter" / "template.json", json.dumps(written, indent=2) + "\n")
-  count, left = pelt.count(final, sites), pelt.count(kept, sites)
+  count, left = pelt.count(done.params, sites), pelt.count(kept, sites)
   report = {
     "method": args.method,
     "model": args.model,
@@ -406,6 +420,14 @@ def continuation(apply, params, tokenizer, virtual) -> str:
   return PROMPT + tokenizer.decode(made.tokens[0].tolist())
 
 
+def fail(message: str) -> None:
+  """Ends the process; one of several at once, or it would wait for those that are gone."""
+  if jax.distributed.is_initialized():
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+  sys.exit(f"error: {message}")
+
+
 if __name__ == "__main__":
   training.keep_freed_memory()
   try:
@@ -413,7 +435,15 @@ if __name__ == "__main__":
   except KeyboardInterrupt:
     print("stopped; the same command with --resume goes on from the last checkpoint")
     sys.exit(130)
+  except training.Interrupted as stop:
+    print(f"{stop} (the same command with --resume does)")
+    sys.exit(STOPPED)
   except (ValueError, OSError, training.Diverged) as error:
     if "--traceback" in sys.argv:
       raise
-    sys.exit(f"error: {error}")
+    fail(str(error))
+  except jax.errors.JaxRuntimeError as error:
+    if not jax.distributed.is_initialized() or "--traceback" in sys.argv:
+      raise
+    first = str(error).splitlines()[0]
+    fail(f"{first}\nIf a process was lost, start all of them again, with --resume")

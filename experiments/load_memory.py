@@ -25,7 +25,8 @@ from reporting import write
 import pelt_jax as pelt
 from pelt_jax import models
 from pelt_jax._walk import walk
-from pelt_jax.models._load import abstract_params, insert
+from pelt_jax.models._load import abstract_params
+from pelt_jax.models._shards import insert
 
 CONFIG = {
   "model_type": "llama",

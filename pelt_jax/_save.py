@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
+from pelt_jax._host import on_host
 from pelt_jax._leaf import innermost
 from pelt_jax._node import REGISTRY, Node, Weight, strip
 from pelt_jax._walk import get_at, update_at, walk
@@ -29,6 +30,7 @@ def save(folder: str | os.PathLike, params: dict) -> None:
   """Saves what a method added to params: nodes, their static fields and their arrays.
 
   An existing adapter in the folder is replaced in one step: a crash leaves the old or the new one.
+  Of several processes (`jax.distributed`) all call this, and the first writes.
 
   Args:
     folder: made if absent.
@@ -57,6 +59,8 @@ def save(folder: str | os.PathLike, params: dict) -> None:
   if not nodes:
     raise ValueError("params hold no nodes, so there is no adapter to save; was it merged already?")
   base = {path: _identity(leaf) for path, leaf in leaves.items()}
+  if jax.process_index() > 0:
+    return
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder, {"format": "pelt_jax", "version": _VERSION, "nodes": nodes, "base": base}, arrays)
@@ -180,7 +184,7 @@ def _describe(node: Node, path: str, arrays: dict, leaves: dict, at: str) -> dic
       return "base"
     if kind == "derived":
       return "derived"
-    arrays[at] = np.asarray(strip(value))
+    arrays[at] = on_host(strip(value))
     box = {"box": list(value.names)} if meta.is_axis_metadata(value) else {}
     return {"array": at, **box}
 

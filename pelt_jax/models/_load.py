@@ -36,6 +36,16 @@ from pelt_jax.models._names import (
   transposed,
 )
 from pelt_jax.models._safetensors import Entry, read_header
+from pelt_jax.models._shards import (
+  Index,
+  Read,
+  checked,
+  insert,
+  looped_paths,
+  put,
+  read_shards,
+  shards,
+)
 from pelt_jax.quantization import NF4Weight
 from pelt_jax.quantization._bitsandbytes import STATE, SUFFIXES, from_tensors, shape_of
 
@@ -65,6 +75,7 @@ def from_pretrained(
   scan: bool = False,
   remat: bool = False,
   transform: Any = None,
+  shardings: Callable[[nn.Module, Any], Any] | None = None,
   key: jax.Array | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
   """Loads a Hugging Face folder (config.json and safetensors, single or sharded).
@@ -81,6 +92,11 @@ def from_pretrained(
     transform: a `Transform` applied to one real tensor at a time, so that a quantized load never
       holds the model twice. Not for a checkpoint that bitsandbytes quantized to 4 bits, whose
       linear layers come as `pelt.quantization.NF4Weight`: apply it to what was loaded.
+    shardings: where the parameters go, nodes of `transform` included: `shardings(model, shapes)`
+      gives the tree of `jax.sharding.Sharding`s for the tree of shapes, as
+      `training.model_shardings(mesh)` does. Each process then reads from the files only the bytes
+      that its own devices hold (of a checkpoint that bitsandbytes quantized: all). By default
+      everything goes to one device.
     key: for a head that the checkpoint lacks (and for `transform`); `jax.random.key(0)` if None.
 
   Returns:
@@ -113,9 +129,12 @@ def from_pretrained(
         f"transform: {folder} is quantized already ({found[0]}). Load it as it is and apply the "
         "transform's init to what comes"
       )
-    return model, _load_with_transform(model, read, transform, key)
+    return model, _load_with_transform(model, read, transform, key, shardings)
+  if shardings is not None and not quantized(entries):
+    return model, read_shards(model, _present(model, read), read, shardings)
   place = lambda path, value: value if isinstance(value, NF4Weight) else jnp.asarray(value)
-  return model, _assemble(model, read, place)
+  params = _assemble(model, read, place)
+  return model, params if shardings is None else put(params, model, shardings)
 
 
 def abstract_params(model: nn.Module) -> dict[str, Any]:
@@ -153,11 +172,11 @@ def optional(model: nn.Module, path: str) -> bool:
 
 def _reader(
   model: nn.Module, entries: Mapping[str, Entry], key: jax.Array, folder: Path
-) -> dict[str, Callable[[], np.ndarray]]:
+) -> dict[str, Read]:
   """Looped path -> a function that reads that tensor, after all names and shapes were checked."""
   expected = dict(walk(abstract_params(model.clone(scan=False))))
   four_bits = set(quantized(entries))
-  readers: dict[str, Callable[[], np.ndarray]] = {}
+  readers: dict[str, Read] = {}
   used, problems, fresh = set(), [], []
   for path, leaf in expected.items():
     name = torch_name(path)
@@ -207,9 +226,12 @@ def _reader(
   return readers
 
 
-def _tensor(entry: Entry, dtype: Any, transpose: bool) -> Callable[[], np.ndarray]:
-  def read() -> np.ndarray:
-    value = entry.read()
+def _tensor(entry: Entry, dtype: Any, transpose: bool) -> Read:
+  def read(index: Index | None = None) -> np.ndarray:
+    if index is None:
+      value = entry.read()
+    else:
+      value = entry.part(index[::-1] if transpose else index)
     return np.array(value.T if transpose else value, dtype, order="C")  # a copy, not the mapping
 
   return read
@@ -220,8 +242,9 @@ def quantized(entries: Mapping[str, Entry]) -> list[str]:
   return [name.partition(STATE)[0] for name in entries if STATE in name]
 
 
-def _four_bits(name: str, parts: Mapping[str, Entry]) -> Callable[[], Any]:
-  def read() -> NF4Weight:
+def _four_bits(name: str, parts: Mapping[str, Entry]) -> Read:
+  def read(index: Index | None = None) -> NF4Weight:
+    assert index is None
     try:
       return from_tensors({suffix: entry.read() for suffix, entry in parts.items()})
     except ValueError as error:
@@ -230,21 +253,30 @@ def _four_bits(name: str, parts: Mapping[str, Entry]) -> Callable[[], Any]:
   return read
 
 
-def _fresh(path: str, leaf: Any, key: jax.Array, scale: float) -> Callable[[], np.ndarray]:
-  def read() -> np.ndarray:
+def _fresh(path: str, leaf: Any, key: jax.Array, scale: float) -> Read:
+  def read(index: Index | None = None) -> np.ndarray:
     if path.endswith("bias"):
-      return np.zeros(leaf.shape, leaf.dtype)
+      return np.zeros(leaf.shape, leaf.dtype)[index or ()]
     # Keyed by path, so that the order of loading never matters.
     folded = jax.random.fold_in(key, zlib.crc32(path.encode()))
     value = jax.random.normal(folded, leaf.shape, leaf.dtype)
-    return np.asarray(value * jnp.asarray(scale, leaf.dtype))
+    return np.asarray(value * jnp.asarray(scale, leaf.dtype))[index or ()]
 
   return read
 
 
+def _present(model: nn.Module, read: Mapping[str, Read]) -> dict[str, Any]:
+  """Shapes of what can be read."""
+  found: dict[str, Any] = {}
+  for path, leaf in walk(abstract_params(model)):
+    if looped_paths(model, path)[0] in read:
+      insert(found, path, leaf)
+  return found
+
+
 def _assemble(
   model: nn.Module,
-  read: Mapping[str, Callable[[], np.ndarray]],
+  read: Mapping[str, Read],
   place: Callable[[str, np.ndarray], Any],
 ) -> dict[str, Any]:
   """Reads leaf after leaf; a scanned leaf is stacked before the next one is read."""
@@ -262,17 +294,20 @@ def _assemble(
 
 
 def _load_with_transform(
-  model: nn.Module, read: Mapping[str, Callable[[], np.ndarray]], transform: Any, key: jax.Array
+  model: nn.Module,
+  read: Mapping[str, Read],
+  transform: Any,
+  key: jax.Array,
+  shardings: Callable[[nn.Module, Any], Any] | None,
 ) -> dict[str, Any]:
   from pelt_jax.models._transformed import transformed
 
   looped = model.clone(scan=False)
-  shapes: dict[str, Any] = {}
-  for path, leaf in walk(abstract_params(looped)):
-    if path in read:
-      insert(shapes, path, leaf)
-  values = transformed(looped, shapes, read, transform, key)
-  out: dict[str, Any] = {}
+  shapes = _present(looped, read)
+  whole = shardings is None
+  values = transformed(
+    looped, shapes, read if whole else shards(looped, shapes, read, shardings), transform, key
+  )
   paths = set(values.paths)
   layers: dict[str, list[str]] = {}  # path in the result -> paths in the looped tree
   for path in sorted(paths):
@@ -287,9 +322,22 @@ def _load_with_transform(
         "Load with scan=False, or adapt all layers."
       )
     layers[f"{stack}/{inside}"] = alike
-  for path, parts in layers.items():
-    made = [jax.block_until_ready(values.get(p)) for p in parts]  # one tensor in memory at a time
-    insert(out, path, made[0] if parts == [path] else stack_layers(made, path))
+
+  def joined(path: str, get: Callable[[str], Any]) -> Any:
+    parts = layers[path]
+    return get(path) if parts == [path] else stack_layers([get(p) for p in parts], path)
+
+  place: Callable[[str, Any], Any] = lambda path, value: value
+  if shardings is not None:
+    found: dict[str, Any] = {}
+    for path in layers:
+      insert(found, path, jax.eval_shape(lambda path=path: joined(path, values.zeros)))
+    where = checked(found, shardings(model, found))
+    place = lambda path, value: jax.device_put(value, where[path])
+  out: dict[str, Any] = {}
+  for path in layers:  # one tensor in memory at a time
+    value = joined(path, lambda p: jax.block_until_ready(values.get(p)))
+    insert(out, path, place(path, value))
   return out
 
 
@@ -299,22 +347,6 @@ def _layer(model: nn.Module, path: str) -> tuple[str | None, str, int]:
     if inside := re.fullmatch(re.escape(stack) + r"/\d+/(.*)", path):
       return inside[1], stack, length
   return None, "", 0
-
-
-def looped_paths(model: nn.Module, path: str) -> list[str]:
-  """The paths of the tensors behind a leaf: itself, or one per layer of a scanned stack."""
-  for stack, length in stacks(model) if model.scan else ():
-    if path.startswith(stack + "/"):
-      return [f"{stack}/{i}{path[len(stack) :]}" for i in range(length)]
-  return [path]
-
-
-def insert(tree: dict[str, Any], path: str, value: Any) -> None:
-  """Puts a value at a path of a nested dict, in place."""
-  *heads, last = path.split("/")
-  for k in heads:
-    tree = tree.setdefault(k, {})
-  tree[last] = value
 
 
 def _folder(source: str | Path) -> Path:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,35 @@ class Entry:
     if 0 in self.shape:
       return np.empty(self.shape, self.dtype)
     return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+  def part(self, index: Sequence[slice]) -> np.ndarray:
+    """A slice of the tensor, one slice per axis without steps: only its bytes are asked for."""
+    bounds = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
+    out = np.empty(tuple(stop - start for start, stop in bounds), self.dtype)
+    if not out.size:
+      return out
+    # Axes that are taken whole lie together with the one before them: one read brings them all.
+    axis = out.ndim
+    while axis > 0 and out.shape[axis - 1] == self.shape[axis - 1]:
+      axis -= 1
+    outer = max(axis - 1, 0)
+    strides = [self.dtype.itemsize * math.prod(self.shape[i + 1 :]) for i in range(out.ndim)]
+    first = self.offset + sum(b[0] * s for b, s in zip(bounds, strides, strict=True))
+    target = out.reshape(-1).view(np.uint8).data
+    run = len(target) // math.prod(out.shape[:outer])
+    with self.file.open("rb", buffering=0) as file:
+      for n, at in enumerate(np.ndindex(out.shape[:outer])):
+        offset = first + sum(i * s for i, s in zip(at, strides[:outer], strict=True))
+        _read_into(file.fileno(), target[n * run : (n + 1) * run], offset, self.file)
+    return out
+
+
+def _read_into(descriptor: int, target: memoryview, offset: int, file: Path) -> None:
+  while len(target):  # the system gives 2 GB at a time
+    got = os.preadv(descriptor, [target], offset)
+    if not got:
+      raise ValueError(f"{file} became shorter while it was read: it ends at byte {offset}")
+    target, offset = target[got:], offset + got
 
 
 def read_header(file: Path) -> dict[str, Entry]:

@@ -15,9 +15,10 @@ from flax import linen as nn
 from flax.core import meta
 
 from pelt_jax._walk import walk
-from pelt_jax.models._load import SIDE_FILES, abstract_params, looped_paths, optional
+from pelt_jax.models._load import SIDE_FILES, abstract_params, optional
 from pelt_jax.models._names import torch_name, transposed
 from pelt_jax.models._safetensors import write, write_atomically
+from pelt_jax.models._shards import looped_paths
 from pelt_jax.quantization import NF4Weight
 from pelt_jax.quantization._bitsandbytes import to_tensors
 

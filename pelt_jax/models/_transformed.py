@@ -7,7 +7,7 @@ itself: only the tensors that it needs are read, and nothing of it stays behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,10 +27,20 @@ class Values:
   """
 
   def __init__(
-    self, program: Program, inputs: list[Callable[[], Any]], paths: Mapping[str, Any]
+    self,
+    program: Program,
+    inputs: list[Callable[[], Any]],
+    paths: Mapping[str, Any],
+    shapes: Sequence[Any],
   ) -> None:
     self._program, self._inputs, self._numbers = program, inputs, paths
+    self._shapes = shapes
     self.paths = tuple(paths)
+
+  def zeros(self, path: str) -> Any:
+    """Zeros in the place of what `get` computes."""
+    of = lambda n: jnp.zeros(self._shapes[n].shape, self._shapes[n].dtype)
+    return jax.tree.map(of, self._numbers[path])
 
   def get(self, path: str) -> Any:
     """Computes what the transform puts at `path`."""
@@ -72,4 +82,4 @@ def transformed(
   inputs += [lambda n=name: jnp.asarray(read[n]()) for name in names]
   flat, tree = jax.tree.flatten(out)
   numbered = jax.tree.unflatten(tree, list(range(len(flat))))
-  return Values(Program(closed), inputs, dict(walk(numbered)))
+  return Values(Program(closed), inputs, dict(walk(numbered)), flat)

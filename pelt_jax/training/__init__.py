@@ -13,6 +13,7 @@ from pelt_jax.training._checkpoint import Checkpoints as Checkpoints
 from pelt_jax.training._cloze import cloze as cloze
 from pelt_jax.training._cloze import verbalizer as verbalizer
 from pelt_jax.training._compile import Compiled as Compiled
+from pelt_jax.training._distributed import initialize_distributed as initialize_distributed
 from pelt_jax.training._encode import encode as encode
 from pelt_jax.training._encoded import Encoded as Encoded
 from pelt_jax.training._encoded import label_list as label_list
@@ -32,6 +33,7 @@ from pelt_jax.training._fit import fit as fit
 from pelt_jax.training._generate import Generated as Generated
 from pelt_jax.training._generate import generate as generate
 from pelt_jax.training._ids import positions_taken as positions_taken
+from pelt_jax.training._interrupt import Interrupted as Interrupted
 from pelt_jax.training._jobs import Jobs as Jobs
 from pelt_jax.training._jobs import JobsState as JobsState
 from pelt_jax.training._jobs import jobs_step as jobs_step
@@ -43,6 +45,7 @@ from pelt_jax.training._loss import recorded as recorded
 from pelt_jax.training._memory import keep_freed_memory as keep_freed_memory
 from pelt_jax.training._mesh import base_specs as base_specs
 from pelt_jax.training._mesh import make_mesh as make_mesh
+from pelt_jax.training._mesh import model_shardings as model_shardings
 from pelt_jax.training._mesh import on_mesh as on_mesh
 from pelt_jax.training._mesh import place_batch as place_batch
 from pelt_jax.training._mesh import replicate as replicate

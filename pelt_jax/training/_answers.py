@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from pelt_jax._host import on_host
 from pelt_jax.training._beam import beam_search
 from pelt_jax.training._encode_lm import prompt_ids
 from pelt_jax.training._encode_seq2seq import source_ids
@@ -175,11 +176,11 @@ class Writer:
       "pad_token_id": tokenizer.pad,
     }
     if self._beams == 1:
-      made = jax.device_get(generate(self._apply, params, ids, mask, **options))
+      made = jax.tree.map(on_host, generate(self._apply, params, ids, mask, **options))
       tokens, lengths = made.tokens, made.lengths
     else:
       found = beam_search(self._apply, params, ids, mask, beams=self._beams, **options)
-      tokens, lengths = jax.device_get((found.tokens[:, 0], found.lengths[:, 0]))
+      tokens, lengths = on_host(found.tokens[:, 0]), on_host(found.lengths[:, 0])
     return [t[:n].tolist() for t, n in zip(tokens, lengths, strict=True)]
 
   def _batches(self) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:

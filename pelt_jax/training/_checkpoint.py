@@ -3,19 +3,25 @@
 Orbax keeps arrays only: node types, static fields and names are in the JSON, and are compared
 before any array is read, so that a checkpoint never lands in a run of another method. Both parts
 appear by one rename; whatever interrupts a save leaves the checkpoint before it as it was.
+
+Arrays are copied to the host when a save begins and written while training goes on. Each process
+writes and reads the shards that it holds, so the folder lies where all processes reach it.
 """
 
+import contextlib
 import errno
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from pelt_jax._node import Node
 
@@ -27,7 +33,9 @@ class CheckpointMismatch(ValueError):
 
 
 class Checkpoints:
-  """A folder of checkpoints.
+  """A folder of checkpoints, written in the background; the last may be restored on another mesh.
+
+  Several processes of one run must all take part in each call.
 
   Args:
     folder: Made if missing.
@@ -38,6 +46,7 @@ class Checkpoints:
     >>> import tempfile, jax.numpy as jnp
     >>> checkpoints = Checkpoints(tempfile.mkdtemp())
     >>> checkpoints.save(7, {"w": jnp.arange(3)}, {"note": "half way"})
+    >>> checkpoints.wait()
     >>> step, tree, meta = checkpoints.restore({"w": jnp.zeros(3, int)})
     >>> step, tree["w"].tolist(), meta
     (7, [0, 1, 2], {'note': 'half way'})
@@ -46,32 +55,36 @@ class Checkpoints:
   def __init__(self, folder: str | os.PathLike, options: dict | None = None, keep: int = 2):
     self._folder = pathlib.Path(folder).absolute()
     self._options = json.loads(json.dumps(options or {}))  # as it comes back: tuples are lists
+    self._writing: int | None = None
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, enable_async_checkpointing=False
+        max_to_keep=keep, create=True, enable_async_checkpointing=True
       ),
     )
 
   def latest(self) -> int | None:
-    """The step of the last complete checkpoint."""
-    return self._manager.latest_step()
+    """The step of the last checkpoint that is known to be complete."""
+    return max((n for n in self._manager.all_steps() if n != self._writing), default=None)
 
   def save(self, step: int, tree: Any, meta: dict) -> None:
-    """Writes a checkpoint.
+    """Begins to write a checkpoint, once the one before is written.
 
     Args:
       step: Its number.
-      tree: A pytree of arrays; nodes and holes are fine.
+      tree: A pytree of arrays; nodes and holes are fine. What becomes of them later is no matter.
       meta: Anything that JSON can hold.
 
     Raises:
-      OSError: It could not be written (a full disk, say); earlier checkpoints are as they were.
+      OSError: This one or the one before could not be written (a full disk, say); earlier
+        checkpoints are as they were.
     """
+    self.wait()
     sidecar = {"options": self._options, "structure": structure(tree), "meta": meta}
     arrays = {_name(i): _plain(x) for i, x in enumerate(jax.tree.leaves(tree))}
     self._check_space(step, sum(x.nbytes for x in arrays.values()))
-    try:
+    self._writing = step
+    with self._named(step):
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -79,27 +92,47 @@ class Checkpoints:
         ),
         force=True,
       )
-      self._manager.wait_until_finished()
+
+  def wait(self) -> None:
+    """Waits until what was saved is written.
+
+    Raises:
+      OSError: It could not be written; earlier checkpoints are as they were.
+    """
+    if self._writing is not None:
+      with self._named(self._writing):
+        self._manager.wait_until_finished()
+      self._writing = None
+
+  @contextlib.contextmanager
+  def _named(self, step: int) -> Iterator[None]:
+    """Errors that say which checkpoint failed and which is left."""
+    try:
+      yield
     except Exception as error:
       for left in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
         shutil.rmtree(left, ignore_errors=True)
       full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-      raise self._failed(step, "the disk is full" if full else str(error)) from error
+      failed = self._failed(step, "the disk is full" if full else str(error))
+      self._writing = None
+      raise failed from error
 
   def _check_space(self, step: int, size: int) -> None:
     free = shutil.disk_usage(self._folder).free
+    if jax.process_count() > 1:  # all save, or none
+      free = float(multihost_utils.process_allgather(np.float32(free)).min())
     if free < size + _SLACK:
       raise self._failed(
         step, f"the disk is full: {free / 1e6:.1f} MB are free, {size / 1e6:.1f} MB needed"
       )
 
   def _failed(self, step: int, why: str) -> OSError:
-    last = self.latest()
+    last, full = self.latest(), "disk is full" in why
     kept = "there is none before it" if last is None else f"that of step {last} is intact"
     return OSError(
-      errno.ENOSPC if "full" in why else errno.EIO,
+      errno.ENOSPC if full else errno.EIO,
       f"the checkpoint of step {step} could not be written ({why}); {kept}. "
-      "Free some space and resume",
+      + ("Free some space and resume" if full else "Start again, and resume"),
       str(self._folder),
     )
 
@@ -117,23 +150,42 @@ class Checkpoints:
     Raises:
       FileNotFoundError: There is no checkpoint.
       CheckpointMismatch: Options, nodes, static fields, shapes or dtypes differ; names the first.
+      OSError: The checkpoint is damaged; names the one before it.
     """
+    self.wait()
     step = self.latest() if step is None else step
     if step is None:
       raise FileNotFoundError(f"{self._folder}: there is no checkpoint to resume from")
-    read = self._manager.restore(step, args=ocp.args.Composite(sidecar=ocp.args.JsonRestore()))
-    sidecar = read["sidecar"]
+    with self._readable(step):
+      sidecar = self._manager.restore(
+        step, args=ocp.args.Composite(sidecar=ocp.args.JsonRestore())
+      )["sidecar"]
     _compare(self._folder / str(step), sidecar, self._options, structure(like))
     leaves, treedef = jax.tree.flatten(like)
     targets = {_name(i): _target(x) for i, x in enumerate(leaves)}
-    arrays = self._manager.restore(
-      step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
-    )["arrays"]
+    with self._readable(step):
+      arrays = self._manager.restore(
+        step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
+      )["arrays"]
     restored = [_like(arrays[_name(i)], x) for i, x in enumerate(leaves)]
     return step, jax.tree.unflatten(treedef, restored), sidecar["meta"]
 
+  @contextlib.contextmanager
+  def _readable(self, step: int) -> Iterator[None]:
+    """Errors that say which checkpoint is damaged and which to take instead."""
+    try:
+      yield
+    except Exception as error:
+      where, first = self._folder / str(step), str(error).strip().partition("\n")[0]
+      before = max((n for n in self._manager.all_steps() if n < step), default=None)
+      rest = "to start anew" if before is None else f"to resume from that of step {before}"
+      raise OSError(
+        errno.EIO, f"the checkpoint {where} is damaged ({first[:300]}); remove it {rest}"
+      ) from error
+
   def close(self) -> None:
-    """Ends background work."""
+    """Ends background work; raises as `wait` does."""
+    self.wait()
     self._manager.close()
 
 
@@ -199,8 +251,10 @@ def _is_key(x: Any) -> bool:
 
 def _plain(x: Any) -> Any:
   if _is_key(x):
-    return jax.random.key_data(x)
-  return x if isinstance(x, jax.Array) else np.asarray(x)
+    x = jax.random.key_data(x)
+  # What each of several processes has for itself is the same in all, and no array of all of them.
+  shared = isinstance(x, jax.Array) and not (jax.process_count() > 1 and x.is_fully_addressable)
+  return x if shared else np.asarray(x)
 
 
 def _target(x: Any) -> Any:
@@ -211,6 +265,6 @@ def _target(x: Any) -> Any:
 
 
 def _like(value: Any, x: Any) -> Any:
-  if _is_key(x):
-    return jax.random.wrap_key_data(value, impl=jax.random.key_impl(x))
-  return value
+  if isinstance(x, jax.Array):
+    value = jnp.asarray(value)
+  return jax.random.wrap_key_data(value, impl=jax.random.key_impl(x)) if _is_key(x) else value

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -14,6 +15,7 @@ from pelt_jax._tree import combine
 from pelt_jax.training._batch import Batch
 from pelt_jax.training._checkpoint import Checkpoints
 from pelt_jax.training._compile import Compiled
+from pelt_jax.training._interrupt import Interrupted, interruptions
 from pelt_jax.training._loader import Loader
 from pelt_jax.training._progress import bar
 from pelt_jax.training._step import TrainStep
@@ -85,7 +87,9 @@ def fit(
   """Trains, evaluates, keeps the best, and can go on where it stopped.
 
   A resumed run ends with the same bits as one that was never interrupted: step i uses the key
-  `fold_in(key, i)`, and the checkpoint holds the position in the data.
+  `fold_in(key, i)`, and the checkpoint holds the position in the data. With `checkpoints`, SIGTERM
+  ends the run after a step, and saves it. Checkpoints are written while training goes on, so that
+  a failed save is raised at the next one, or at the end.
 
   Args:
     train: What `train_step` returned.
@@ -111,6 +115,8 @@ def fit(
 
   Raises:
     Diverged: The loss is not finite.
+    Interrupted: SIGTERM came; the last step is saved.
+    OSError: A checkpoint could not be written; those before it are as they were.
     CheckpointMismatch: The checkpoint to resume from was made by a run with other options.
     ValueError: `patience` without `metric` or `metric` without `evaluate`; fewer than 1 step.
   """
@@ -125,9 +131,11 @@ def fit(
   trainable = jax.tree.map(lambda x: x.copy(), trainable)
   best = jax.tree.map(lambda x: x.copy(), trainable) if metric is not None else ()
   history, start, since = History(), 0, 0
+  saved: int | None = None
   if resume and checkpoints is not None and checkpoints.latest() is not None:
     like = {"trainable": trainable, "state": state, "best": best, "key": key}
     start, tree, meta = checkpoints.restore(like)
+    saved = start
     trainable, state, key = tree["trainable"], tree["state"], tree["key"]
     best = tree["best"]
     history, since = History(**meta["history"]), meta["since"]
@@ -155,16 +163,28 @@ def fit(
     return loss
 
   def save(number: int) -> None:
-    if checkpoints is not None and checkpoints.latest() != number:
+    nonlocal saved
+    if checkpoints is not None and saved != number:
       meta = {"history": dataclasses.asdict(history), "since": since, "data": loader.get_state()}
       tree = {"trainable": trainable, "state": state, "best": best, "key": key}
       checkpoints.save(number, tree, meta)
+      saved = number
 
   number = start
   stopped = patience is not None and since >= patience
   mark: float | None = None  # when the step before last was done
-  with bar("training", steps, start, progress) as advance:
+  with contextlib.ExitStack() as stack:
+    asked_to_stop = lambda step: False
+    if checkpoints is not None:
+      asked_to_stop = stack.enter_context(interruptions())
+      stack.push(lambda kind, *_: _ended(checkpoints, kind))
+    advance = stack.enter_context(bar("training", steps, start, progress))
     while number < steps and not stopped:
+      if checkpoints is not None and asked_to_stop(number):
+        flush()
+        save(number)
+        checkpoints.wait()
+        raise Interrupted(number)
       batch = place(next(loader))
       before = program.seconds
       trainable, state, metrics = program(
@@ -210,3 +230,12 @@ def fit(
     program.seconds,
     program.cost(),
   )
+
+
+def _ended(checkpoints: Checkpoints, error: type[BaseException] | None) -> None:
+  """Sees to it that what was saved is written, also when training failed."""
+  if error is None:
+    checkpoints.wait()
+  elif jax.process_count() == 1:  # the others may never come
+    with contextlib.suppress(OSError):
+      checkpoints.wait()

@@ -1,14 +1,17 @@
 """Placing params and batches on a device mesh."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from pelt_jax._shardings import Mesh
+from pelt_jax._linen_sites import sites
+from pelt_jax._shardings import Mesh, shardings
 from pelt_jax._site import Site
-from pelt_jax._walk import update_at
+from pelt_jax._walk import update_at, walk
 from pelt_jax.training._step import TrainStep
 
 P = jax.sharding.PartitionSpec
@@ -69,6 +72,38 @@ def base_specs(sites: tuple[Site, ...], mesh: Mesh) -> dict:
   return update_at({}, {site.path: of(site) for site in sites if site.kind == "leaf"})
 
 
+def model_shardings(mesh: Mesh) -> Callable[[Any, Any], dict]:
+  """Where a model's parameters lie on the mesh, for `from_pretrained(shardings=...)`.
+
+  Args:
+    mesh: What `make_mesh` returned.
+
+  Returns:
+    `(model, shapes) -> shardings`, those that `pelt.shardings` gives for `base_specs`.
+
+  Example:
+    >>> import tempfile, jax, pelt_jax as pelt
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    >>> sizes |= {"num_hidden_layers": 1, "vocab_size": 32, "model_type": "llama"}
+    >>> tiny = pelt.models.from_config(sizes)
+    >>> params = tiny.init(jax.random.key(0), jax.numpy.ones((1, 2), int))["params"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   pelt.models.save_pretrained(folder, tiny, params)
+    ...   where = model_shardings(make_mesh("model=1"))
+    ...   _, params = pelt.models.from_pretrained(folder, shardings=where)
+    >>> params["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"].sharding.spec
+    PartitionSpec(None, 'model')
+  """
+
+  def place(model: Any, shapes: Any) -> dict:
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    known = dict(walk(base_specs(sites(model, ids), mesh)))
+    specs = {path: known.get(path, P()) for path, _ in walk(shapes)}
+    return shardings(shapes, update_at({}, specs), mesh)
+
+  return place
+
+
 def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
   """A batch whose rows are split over the mesh's batch axes.
 
@@ -81,7 +116,9 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
   if rows % parts:
     raise ValueError(f"batch of {rows} rows does not divide over {parts} devices ({axes})")
   sharding = jax.sharding.NamedSharding(mesh, P(axes) if axes else P())
-  return {name: jax.device_put(value, sharding) for name, value in batch.items()}
+  # Each process has the whole batch and copies the rows of its own devices.
+  part = lambda value: jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+  return {name: part(np.asarray(value)) for name, value in batch.items()}
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

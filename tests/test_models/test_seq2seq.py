@@ -9,8 +9,8 @@ import safetensors.numpy
 import pelt_jax as pelt
 from pelt_jax import models
 from pelt_jax._node import BYPASS
-from pelt_jax.models._load import insert
 from pelt_jax.models._seq2seq import shift_right
+from pelt_jax.models._shards import insert
 from pelt_jax.models._t5 import bucket_table
 from pelt_jax.nodes import Prefix
 from tests.test_models.helpers import (

@@ -1,5 +1,8 @@
 """The loop: history, the best params, and going on after a stop."""
 
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +88,28 @@ def test_the_best_params_are_returned():
   done = training.fit(**run, steps=8, every=2, metric="score")
   assert done.history.best == [4, 0.5]
   assert tiny.equal(done.params, seen[1]) and not tiny.equal(done.params, seen[3])
+
+
+def test_sigterm_saves_and_stops_and_the_rest_has_the_same_bits(tmp_path):
+  options = {"steps": 7, "every": 4}
+  whole = training.fit(**setup(dropout=0.3), **options)
+  run, before = setup(dropout=0.3), signal.getsignal(signal.SIGTERM)
+  evaluate = run["evaluate"]
+
+  def evaluate_and_signal(params):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(params)
+
+  run["evaluate"] = evaluate_and_signal
+  kept = {"checkpoints": training.Checkpoints(tmp_path), "save_every": 100}
+  with pytest.raises(training.Interrupted, match="after step 4, which is saved") as stop:
+    training.fit(**run, **options, **kept)
+  assert stop.value.step == 4
+  assert signal.getsignal(signal.SIGTERM) is before
+  again = training.Checkpoints(tmp_path)
+  assert again.latest() == 4
+  done = training.fit(**setup(dropout=0.3), **options, checkpoints=again, resume=True)
+  assert tiny.equal(whole.params, done.params) and whole.history == done.history
 
 
 def test_patience():
