@@ -438,12 +438,12 @@ if __name__ == "__main__":
   except training.Interrupted as stop:
     print(f"{stop} (the same command with --resume does)")
     sys.exit(STOPPED)
-  except (ValueError, OSError, training.Diverged) as error:
-    if "--traceback" in sys.argv:
+  except (ValueError, OSError, training.Diverged, jax.errors.JaxRuntimeError) as error:
+    # Who is lost shows in a step, as the runtime's error, or between steps, as a ValueError.
+    lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+    if "--traceback" in sys.argv or (lost and not jax.distributed.is_initialized()):
       raise
+    if lost:
+      first = str(error).splitlines()[0]
+      fail(f"{first}\nIf a process was lost, start all of them again, with --resume")
     fail(str(error))
-  except jax.errors.JaxRuntimeError as error:
-    if not jax.distributed.is_initialized() or "--traceback" in sys.argv:
-      raise
-    first = str(error).splitlines()[0]
-    fail(f"{first}\nIf a process was lost, start all of them again, with --resume")
