@@ -1,10 +1,10 @@
 """What a compiled program moves between devices, read from its HLO text."""
 
 import collections
-import math
-import re
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import hlo
 
 OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
@@ -16,63 +16,47 @@ class Move(NamedTuple):
     operation: one of `OPERATIONS`.
     dtype: as HLO writes it.
     shape: of what the device has afterwards.
-    times: how often per run; a loop whose trip count is not known counts as one.
+    times: how often per run.
+    gathers: an all-reduce that adds nothing up: each device's shard lies among zeros. XLA brings
+      narrow shards together so.
   """
 
   operation: str
   dtype: str
   shape: tuple[int, ...]
   times: int
+  gathers: bool = False
 
   @property
   def bytes(self) -> int:
     """Of one of them."""
-    bits = 8 if self.dtype == "pred" else int(re.findall(r"\d+", self.dtype)[0])
-    return math.prod(self.shape) * bits // 8
+    return hlo.bytes_of(self.dtype, self.shape)
 
 
 def collectives(text: str) -> list[Move]:
-  """All of a program, `compiled.as_text()`."""
-  inside, called, entry = collections.defaultdict(list), collections.defaultdict(list), ""
-  name, chained = "", set()
-  for line in text.splitlines():
-    if head := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
-      name = head[2]
-      entry = name if head[1] else entry
+  """All of a program, `compiled.as_text()`.
+
+  Raises:
+    ValueError: how often a loop runs cannot be told.
+  """
+  found, chained = [], set()
+  for times, i, near in hlo.runs(text):
+    operation = i.opcode.removesuffix("-start")
+    if operation not in OPERATIONS:
       continue
-    inside[name] += _moves(line, chained)
-    if re.search(r" async-(update|done)\(", line):  # names again what its start runs
-      continue
-    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-    for key, callees in re.findall(r"(\w+)=\{?((?:%[\w.-]+(?:, )?)+)", line):
-      times = int(trips[1]) if trips and key == "body" else 1
-      called[name] += [(callee, times) for callee in re.findall(r"%([\w.-]+)", callees)]
-  return _run(entry, inside, called)
-
-
-def _run(name: str, inside: dict, called: dict) -> list[Move]:
-  below = (
-    m._replace(times=m.times * times)
-    for callee, times in called[name]
-    for m in _run(callee, inside, called)
-  )
-  return [*inside[name], *below]
-
-
-def _moves(line: str, chained: set[str]) -> list[Move]:
-  match = re.search(rf"= (.*?) ({'|'.join(OPERATIONS)})(-start)?\(", line)
-  if not match:
-    return []
-  channel = re.search(r"channel_id=(\d+)", line)
-  if channel and "chain_id" in line:  # the steps of one that runs beside other work
-    if channel[1] in chained:
-      return []
-    chained.add(channel[1])
-  found = re.findall(r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\]", match[1])
-  if match[3] and match[2] != "all-reduce":  # operands come first
-    found = found[len(found) // 2 :]
-  shape = lambda dims: tuple(int(d) for d in dims.split(",") if d)
-  return [Move(match[2], dtype, shape(dims), 1) for dtype, dims in found]
+    if "chain_id" in i.line:  # the steps of one that runs beside other work
+      channel = hlo.attribute(i, "channel_id")
+      if channel in chained:
+        continue
+      chained.add(channel)
+    arrays, count = i.arrays, len(i.operands)
+    if i.opcode.endswith("-start") and operation != "all-reduce":
+      arrays = arrays[count : 2 * count]  # operands come first, contexts last
+    for name, (dtype, shape) in zip(i.operands, arrays, strict=True):
+      made = hlo.source(name, near).name if name in near else ""
+      gathers = operation == "all-reduce" and "dynamic-update-slice" in made
+      found.append(Move(operation, dtype, shape, times, gathers))
+  return found
 
 
 def traffic(moves: Iterable[Move]) -> dict[str, int]:

@@ -52,7 +52,9 @@ def base_specs(sites: tuple[Site, ...], mesh: Mesh) -> dict:
   """Partition specs of a model's plain params, from the roles of its sites.
 
   Kernels of `query`, `key`, `value` and `ffn_in` are P(fsdp, model), those of `attention_out` and
-  `ffn_out` and the embedding P(model, fsdp); everything else is replicated.
+  `ffn_out` and the embedding P(model, fsdp), a head's P(None, model): its product runs for a chunk
+  of positions at a time, each of which would bring an axis of `fsdp` together anew. Everything else
+  is replicated.
 
   Args:
     sites: What `pelt.sites` returned.
@@ -67,6 +69,8 @@ def base_specs(sites: tuple[Site, ...], mesh: Mesh) -> dict:
       return P(*lead, fsdp, tensor)
     if len(site.shape) == 2 and roles & set(_IN):
       return P(*lead, tensor, fsdp)
+    if len(site.shape) == 2 and "head" in roles:
+      return P(*lead, None, tensor)
     return P()
 
   return update_at({}, {site.path: of(site) for site in sites if site.kind == "leaf"})

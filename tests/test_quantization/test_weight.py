@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pelt_jax as pelt
-from pelt_jax.quantization import CODE_BOOKS, quantize
+from pelt_jax.quantization import CODE_BOOKS, _blocks, quantize
 from pelt_jax.quantization._code_books import dynamic_map
 from tests.test_models.helpers import close
 
@@ -220,3 +220,25 @@ def test_denormal_blocks_are_zero():
   kernel[:, 1] *= 1e-39
   assert not np.asarray(quantize(kernel).materialize())[:, 1].any()
   assert pelt.quantization.quantize is quantize
+
+
+def test_selecting_is_looking_up_and_leaves_no_arrays_outside_a_scan():
+  """What TPUs run in place of a gather: the same bits, and nothing kept beside a loop."""
+  codes = jnp.asarray(np.random.default_rng(0).integers(16, size=(3, 8, 5)), jnp.uint8)
+  for table in (np.linspace(-1, 1, 16, dtype=np.float32), np.arange(15, -1, -1, dtype=np.uint8)):
+    found = _blocks.selected(table, codes)
+    assert found.dtype == table.dtype
+    np.testing.assert_array_equal(np.signbit(found), np.signbit(table[codes]))
+    np.testing.assert_array_equal(found, table[codes])
+  assert _blocks.selected(table, codes[:0]).shape == (0, 8, 5)
+  table = np.array([-0.0, 1.5], np.float32)
+  assert np.signbit(_blocks.selected(table, jnp.zeros(2, jnp.uint8))).all()
+
+  def layer(x, codes):
+    return jnp.sin(x * _blocks.selected(table, codes)), None
+
+  gradient = jax.grad(lambda x, codes: jax.lax.scan(layer, x, codes)[0].sum())
+  program = jax.make_jaxpr(gradient)(jnp.ones((8, 5)), codes)
+  loops = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
+  taken = [v for eqn in loops for v in eqn.invars[: eqn.params["num_consts"]]]
+  assert loops and not [v for v in taken if v.aval.shape == codes.shape[1:]], program

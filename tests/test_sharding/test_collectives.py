@@ -1,7 +1,10 @@
 """What moves, read from a program's text: closed form, and a compiled loop."""
 
-from experiments.collectives import Move, collectives, largest, traffic
-from tests.support import on_devices
+import importlib
+
+import pytest
+
+from tests.support import REPOSITORY, on_devices
 
 TEXT = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
@@ -33,8 +36,14 @@ backend_config={"known_trip_count":{"n":"3"}}
 """
 
 
-def test_tuples_loops_and_chains():
-  moves = collectives(TEXT)
+@pytest.fixture
+def module(monkeypatch):
+  monkeypatch.syspath_prepend(str(REPOSITORY / "experiments"))
+  return importlib.import_module("collectives")
+
+
+def test_tuples_loops_and_chains(module):
+  Move, moves = module.Move, module.collectives(TEXT)
   assert moves == [
     Move("all-reduce", "f32", (3, 2), 1),
     Move("all-reduce", "pred", (7,), 1),
@@ -42,18 +51,19 @@ def test_tuples_loops_and_chains():
     Move("all-gather", "u8", (4, 6), 3),
     Move("collective-permute", "bf16", (5,), 6),
   ]
-  assert traffic(moves) == {
+  assert module.traffic(moves) == {
     "all-reduce": 24 + 7,
     "all-gather": 64 + 3 * 24,
     "collective-permute": 6 * 10,
   }
-  assert largest(moves)["all-gather f32"] == {"count": 1, "largest": 64}
+  assert module.largest(moves)["all-gather f32"] == {"count": 1, "largest": 64}
 
 
 def test_a_compiled_loop():
   on_devices("""
-    import jax, jax.numpy as jnp
-    from experiments.collectives import collectives, traffic
+    import sys, jax, jax.numpy as jnp
+    sys.path.insert(0, "experiments")
+    from collectives import collectives, traffic
     from jax.sharding import NamedSharding, PartitionSpec as P
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     at = lambda *spec: NamedSharding(mesh, P(*spec))

@@ -1,7 +1,12 @@
 """LoRA, and LoRA over 4 bits, on eight virtual devices: losses, placement, no wasted traffic."""
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
+import pelt_jax as pelt
+from pelt_jax import models, training
 from tests.support import on_devices
 
 WORKER = "from tests.test_sharding import worker as w\n"
@@ -37,6 +42,22 @@ def test_the_check_sees_the_gradients_of_kernels_that_train(mesh):
 )
 def test_codes_travel_and_weights_do_not(mesh, layout, scan, moved):
   on_devices(f"{WORKER}assert w.check_codes({mesh!r}, {layout!r}, {scan}) == {moved}")
+
+
+@pytest.mark.parametrize("axes", [("fsdp", "model"), ("data", "model"), ("fsdp",)])
+def test_base_specs_follow_roles(axes):
+  sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+  config = {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False, **sizes}
+  model = models.from_config(config | {"num_key_value_heads": 2}, scan=True)
+  mesh = jax.make_mesh((1,) * len(axes), axes)
+  specs = training.base_specs(pelt.sites(model, jnp.ones((1, 2), jnp.int32)), mesh)
+  fsdp, tensor = ("fsdp" if "fsdp" in axes else None), ("model" if "model" in axes else None)
+  layer = specs["model"]["layers"]
+  assert layer["self_attn"]["q_proj"]["kernel"] == P(None, fsdp, tensor)
+  assert layer["mlp"]["down_proj"]["kernel"] == P(None, tensor, fsdp)
+  assert specs["model"]["embed_tokens"]["embedding"] == P(tensor, fsdp)
+  assert specs["lm_head"]["kernel"] == P(None, tensor)  # whole under FSDP: used chunk by chunk
+  assert specs["model"]["norm"]["scale"] == P()
 
 
 @pytest.mark.parity

@@ -102,6 +102,7 @@ def check_specs(trainable, frozen, mesh, scan):
   assert (spec(q.a), spec(q.b)) == ((*lead, None, None), (*lead, None, tensor))
   assert (spec(o.a), spec(o.b)) == ((*lead, tensor, None), (*lead, None, None))
   assert spec(layer["input_layernorm"]["scale"]) == (*lead, None)
+  assert spec(params["lm_head"]["kernel"]) == (None, tensor)
 
 
 def check_codes(text, layout, scan, gather=True):
