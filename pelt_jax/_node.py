@@ -213,10 +213,12 @@ class Weight(Node):
 
   `outermost` classes stay outside the nodes that are added later. Classes whose arrays mean
   something else once zeros are put behind them say so by `pads`: a bank wants them of one size.
+  Those that a post-step changes while they train say so by `scheduled`.
   """
 
   outermost: ClassVar[bool] = False
   pads: ClassVar[bool] = True
+  scheduled: ClassVar[bool] = False
 
   def materialize(self) -> jax.Array:
     """The plain array (with its stacked axes)."""

@@ -183,7 +183,8 @@ def _of_layers(picked: list[Target], layers: tuple[int, ...], targets) -> list[T
   missing = sorted(set(layers) - {t.site.layer for t in picked})
   if missing:
     have = sorted({t.site.layer for t in picked if t.site.layer is not None})
-    raise ValueError(f"layers={layers}: {targets} has no layer {missing}; it has layers {have}")
+    what = f"it has layers {have}" if have else "it is in no numbered layer: leave out layers"
+    raise ValueError(f"layers={layers}: {targets} has no layer {missing}; {what}")
   return kept
 
 
@@ -193,6 +194,7 @@ def _nothing(sites: tuple[Site, ...], target: str, kind: str) -> str:
   tails = {"/".join(p.split("/")[-target.count("/") - 1 :]): p for p in paths}
   near = [tails[n] for n in difflib.get_close_matches(target, tails, n=3, cutoff=0.3)]
   near += difflib.get_close_matches(target, paths, n=2, cutoff=0.3)
+  near = list(dict.fromkeys(near))
   meant = difflib.get_close_matches(target, [r for r in (*known, "all-linear") if r != target], n=2)
   return (
     f"target {target!r} matches no {kind} site. "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -95,7 +96,8 @@ def check_dropout(dropout: float) -> None:
 
 def check_alpha(alpha: float | None) -> None:
   """Raises ValueError for what is no positive number, or None."""
-  if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+  number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
+  if alpha is not None and not (number and math.isfinite(alpha) and alpha > 0):
     raise ValueError(f"alpha must be a positive number, got {alpha!r}")
 
 
@@ -119,7 +121,8 @@ def require(params: dict, site: Site) -> Any:
   leaf = get_at(params, site.path)
   if leaf is None or isinstance(leaf, dict):
     raise ValueError(
-      f"params have no leaf {site.path!r}: pass the params of the model that sites were made of"
+      f"params have no leaf {site.path!r}: pass the params of the model that sites were made of, "
+      'such as model.init(key, ...)["params"]'
     )
   shape = leaf.shape if isinstance(leaf, Weight) else strip(leaf).shape
   if tuple(shape) != site.stacked + site.shape:

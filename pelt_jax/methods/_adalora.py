@@ -116,7 +116,8 @@ def adalora(
       raise ValueError(f"{name} must be a whole number of steps, at least 0, got {value!r}")
   if final < 1:
     raise ValueError(
-      "final must be at least 1: what is pruned would come back after the last choice"
+      f"final={final}, of steps={steps}, must be at least 1: what is pruned would come back after "
+      "the last choice"
     )
   if warmup + final >= steps:
     raise ValueError(

@@ -146,8 +146,8 @@ def on_lora(
     sizes = matrix_sizes(_axes(site), site.shape)
     if r > min(sizes) and min(sizes) > 0:
       raise ValueError(
-        f"rank {r} exceeds the matrix at {site.path!r}, which is {sizes[0]} x {sizes[1]} (kernel "
-        f"{site.shape}); lower rank, or give that path its own in rank_pattern"
+        f"{method}: rank {r} exceeds the matrix at {site.path!r}, which is {sizes[0]} x {sizes[1]} "
+        f"(kernel {site.shape}); lower rank, or leave that path out of targets"
       )
     if dropout and not site.equations:
       raise ValueError(

@@ -16,6 +16,10 @@ from pelt_jax.nodes._lora import rank_letter, subscripts
 def ranks(params: dict) -> dict[str, int | list[int]]:
   """How many singular values of each matrix are not zero.
 
+  While `adalora` still chooses, what was pruned may be back between two choices: the numbers are
+  the budget's at a choice, and final when the schedule's last phase begins. A run that ends before
+  keeps more than its budget.
+
   Args:
     params: params with `SvdWeight` nodes, which `adalora` makes.
 

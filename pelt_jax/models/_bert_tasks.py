@@ -17,9 +17,9 @@ class _SequenceClassification(_Encoder):
   """What reads one token of each row.
 
   Attributes:
-    pooled_only: compute the last layer for that token alone. The logits are the same, for less:
-      `model.clone(pooled_only=True)`. Needs `scan=False`; gates that are means over a row's tokens
-      refuse it.
+    pooled_only: compute the last layer for that token alone. The logits are the same, for less
+      (with dropout, of that layer's masks of another shape): `model.clone(pooled_only=True)`. Needs
+      `scan=False`; gates that are means over a row's tokens refuse it.
   """
 
   pooled_only: bool = False

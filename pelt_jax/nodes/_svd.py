@@ -37,6 +37,8 @@ class SvdWeight(Weight):
   axes: str = static("io:ir,ro")
   orth: str = static("code")
 
+  scheduled = True
+
   @property
   def lora(self) -> LoraWeight:
     """The LoRA that computes the same."""

@@ -22,7 +22,14 @@ from pelt_jax.training._slots import (
   real_entries,
   set_slot,
 )
-from pelt_jax.training._step import State, finisher, gradients, masters, optax_dtypes
+from pelt_jax.training._step import (
+  State,
+  finisher,
+  gradients,
+  masters,
+  optax_dtypes,
+  warn_of_schedules,
+)
 
 
 class JobsState(NamedTuple):
@@ -151,6 +158,7 @@ def jobs_step(
         "members have arrays of different sizes that do not train (LoRA-FA's a): give them one rank"
       )
     trainable, frozen = partition(masters(bank(every)))
+    warn_of_schedules(trainable)
     axes = _axes(trainable)
     shapes = [[jnp.shape(x) for x in jax.tree.leaves(partition(m)[0])] for m in every]
     sizes = [jnp.asarray(s, jnp.int32) for s in zip(*shapes, strict=True)]

@@ -1,6 +1,7 @@
 """One optimizer step on the trainable part of params."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pelt_jax._node import Weight
 from pelt_jax._transform import PostStep, Transform
 from pelt_jax._tree import combine, partition, penalised, penalty, value_and_grad
+from pelt_jax._walk import every_node
 
 
 class State(NamedTuple):
@@ -70,6 +73,8 @@ def train_step(
   def init(params: Any) -> tuple[Any, Any, State]:
     trainable, frozen = partition(params)
     trainable = jax.tree.map(_master, trainable)
+    if post is None:
+      warn_of_schedules(trainable)
     with optax_dtypes():
       optimizer = tx.init(trainable)
     return trainable, frozen, State(optimizer, post.init(trainable) if post else ())
@@ -83,6 +88,17 @@ def train_step(
     return finish(trainable, frozen, state, grads, value, weight, record)
 
   return TrainStep(init, step)
+
+
+def warn_of_schedules(trainable: Any) -> None:
+  """Warns of nodes that a post-step should change while they train, where there is none."""
+  waiting = [n for n in every_node(trainable) if isinstance(n, Weight) and n.scheduled]
+  if kinds := sorted({type(n).__name__ for n in waiting if jax.tree.leaves(n)}):
+    warnings.warn(
+      f"params hold {kinds} that train and no post-step changes, so their ranks stay as they are: "
+      "pass the method that made them (adalora) as method=",
+      stacklevel=3,
+    )
 
 
 def _total(apply: Callable, loss: Callable) -> Callable:

@@ -20,6 +20,8 @@ from pelt_jax.training._extras import need
 from pelt_jax.training._jobs import jobs_step
 from pelt_jax.training._progress import bar
 
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 class Trial(NamedTuple):
   """One run of a grid.
@@ -170,7 +172,11 @@ def sweep(
   _check(steps, keep, rungs)
   rungs = _rungs(count, steps, keep) if rungs is None else (*sorted(set(rungs)), steps)
   key = jax.random.key(0) if key is None else key
-  own = set(inspect.signature(make).parameters)
+  wanted = inspect.signature(make).parameters
+  own = set(wanted)
+  needed = {n for n, p in wanted.items() if p.default is p.empty and p.kind not in _REST}
+  if lacking := sorted(needed - set(options[0])):
+    raise ValueError(f"grid gives {sorted(options[0])}, and make needs {lacking} too")
   starts, drawn = jax.random.split(key)
   methods = [make(**{k: v for k, v in o.items() if k in own}) for o in options]
   members = [

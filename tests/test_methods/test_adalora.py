@@ -1,5 +1,7 @@
 """AdaLoRA: closed forms, the allocator against NumPy, budgets, and what training keeps."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -439,7 +441,7 @@ def test_bfloat16_keeps_its_numbers_wide():
     (dict(warmup=20, final=10), "leave none of steps=30"),
     (dict(warmup=-1), "warmup must be"),
     (dict(final=-3), "final must be"),
-    (dict(final=0), "final must be at least 1"),
+    (dict(final=0), "final=0, of steps=.*, must be at least 1"),
     (dict(target_rank=4), "target_rank must be from 0 to rank=3"),
     (dict(betas=(0.5, 1.0)), "betas must be"),
     (dict(gamma=-1.0), "gamma must be"),
@@ -492,3 +494,22 @@ def test_files_of_rank_one(tmp_path):
   for name in ("a", "b", "lam"):
     np.testing.assert_array_equal(again.array(name), params["layers_0"]["kernel"].array(name))
   np.testing.assert_allclose(again.scaling, node.scaling, rtol=1e-6)
+
+
+def test_training_without_its_schedule_is_said():
+  model, x = nn.Dense(3), jnp.ones((2, 4))
+  plain, sites = model.init(jax.random.key(0), x)["params"], pelt.sites(model, x)
+  method = pelt.adalora(steps=100, rank=3, target_rank=2, targets="kernel")
+  params = method.init(jax.random.key(1), plain, sites)
+  step = functools.partial(training.train_step, pelt.bypass(model.apply), max, optax.sgd(1.0))
+  with pytest.warns(UserWarning, match="no post-step changes, .* method=") as seen:
+    step().init(params)
+  step(method).init(params)
+  step().init(
+    pelt.adalora(100, target_rank=2, rank=3, targets="kernel", group=None).init(
+      jax.random.key(1), pelt.train("bias").init(jax.random.key(2), plain, sites), sites
+    )
+  )
+  with pytest.warns(UserWarning, match="no post-step changes"):
+    training.jobs_step(pelt.bypass(model.apply), max, optax.sgd(1.0)).init([params, params])
+  assert len(seen) == 1

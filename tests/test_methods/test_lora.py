@@ -560,6 +560,21 @@ def test_errors_about_targets_name_the_method():
         make(rank=2, targets=target).init(jax.random.key(0), params, at)
 
 
+def test_errors_say_what_to_do_instead():
+  model, x = nn.Dense(3), jnp.ones((1, 4))
+  variables, sites = model.init(jax.random.key(0), x), pelt.sites(model, x)
+  init = lambda method, params: method.init(jax.random.key(0), params, sites)
+  for make in (pelt.lora, pelt.pissa, pelt.loha, pelt.lokr):
+    with pytest.raises(ValueError, match="alpha must be a positive number, got True"):
+      make(2, alpha=True, targets="kernel")  # text is refused by annotations here
+  with pytest.raises(ValueError, match=r"pass the params of the model .*\[\"params\"\]"):
+    init(pelt.lora(2, targets="kernel"), variables)
+  with pytest.raises(ValueError, match=r"no layer \[7\]; it is in no numbered layer: leave out"):
+    init(pelt.lora(2, targets="kernel", layers=(7,)), variables["params"])
+  with pytest.raises(ValueError, match="^dora: rank 5 exceeds .* leave that path out of targets"):
+    init(pelt.dora(5, targets="kernel"), variables["params"])
+
+
 def test_a_bias_of_several_heads_is_no_matrix():
   model, x = nn.DenseGeneral((2, 3)), jnp.ones((1, 4))
   params = model.init(jax.random.key(0), x)["params"]
