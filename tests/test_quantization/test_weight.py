@@ -1,12 +1,16 @@
 """Quantized weights: formulas by hand, layouts, gradients, what a backward pass keeps."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pelt_jax as pelt
-from pelt_jax.quantization import CODE_BOOKS, _blocks, quantize
+from pelt_jax import _node
+from pelt_jax.quantization import CODE_BOOKS, _blocks, _weight, quantize
 from pelt_jax.quantization._code_books import dynamic_map
 from tests.test_models.helpers import close
 
@@ -166,6 +170,53 @@ def test_products_and_their_gradient(layout, double):
   close(back(g)[0], np.asarray(g) @ plain.T, 1e-6)
   tied = quantize(kernel, layout=layout, outputs=(0,))  # a table, read as a head
   close(tied.einsum("...d,vd->...v", g), g @ np.asarray(tied.materialize()).T, 1e-6)
+
+
+def largest(program):
+  """Numbers in the largest array of floats in a compiled program."""
+  found = re.findall(r"f32\[([\d,]+)\]", program.as_text())
+  return max(math.prod(map(int, sizes.split(","))) for sizes in found)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(
+  ("shape", "outputs", "eq", "x"),
+  [
+    ((256, 96), None, "...i,io->...o", (2, 16, 256)),
+    ((4, 64, 96), None, "...hd,hdo->...o", (3, 4, 64)),
+    ((256, 6, 16), (1, 2), "bi,ihd->bhd", (1, 256)),
+    ((96, 256), (0,), "...d,vd->...v", (5, 256)),
+  ],
+)
+def test_few_tokens_are_multiplied_tile_by_tile(monkeypatch, shape, outputs, eq, x, double):
+  """On CPU, in a loop that holds a part of the kernel alone; gradients as ever."""
+  monkeypatch.setattr(_weight, "_TILE", 2**14)
+  options = {"layout": "words", "outputs": outputs, "double_quant": double}
+  node, x = quantize(drawn(*shape) / 16, **options), jnp.asarray(drawn(*x, seed=1))
+  tiled = jax.jit(lambda x, node: jnp.sin(node.einsum(eq, x))).lower(x, node).compile()
+  plain = jax.jit(lambda x, node: jnp.sin(_node.contract(eq, x, node.materialize())))
+  assert largest(tiled) <= math.prod(shape) // 2
+  assert largest(plain.lower(x, node).compile()) == math.prod(shape)
+  close(tiled(x, node), plain(x, node), 1e-5)
+  of = lambda f: jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(f(x)))))(x)
+  whole = lambda x: _node.contract(eq, x, node.materialize())
+  close(of(lambda x: node.einsum(eq, x)), of(whole), 1e-5)
+
+
+@pytest.mark.parametrize(
+  ("layout", "tokens", "dtype", "cut"),
+  [
+    ("words", 4, jnp.float32, True),
+    ("words", 33, jnp.float32, False),
+    ("words", 4, jnp.bfloat16, False),
+    ("rows", 4, jnp.float32, False),
+  ],
+)
+def test_which_products_are_cut(monkeypatch, layout, tokens, dtype, cut):
+  monkeypatch.setattr(_weight, "_TILE", 2**14)
+  node, x = quantize(drawn(128, 128), layout=layout), jnp.ones((tokens, 128), dtype)
+  found = str(jax.make_jaxpr(lambda x, node: node.einsum("...i,io->...o", x))(x, node))
+  assert ("scan[" in found) == cut
 
 
 def test_the_backward_pass_keeps_codes_alone():
