@@ -13,7 +13,8 @@ import numpy as np
 from pelt_jax._save import fingerprint
 from pelt_jax.quantization._blocks import NESTED_BLOCK, pack_bytes, unpack_bytes
 from pelt_jax.quantization._code_books import CODE_BOOKS, dynamic_map
-from pelt_jax.quantization._weight import NF4Weight, Plan, check_options, fitting, packed, unpacked
+from pelt_jax.quantization._layout import Plan, fitting, packed, unpacked
+from pelt_jax.quantization._weight import NF4Weight, check_options
 
 BOOKS = ("nf4", "fp4")
 STATE = ".quant_state.bitsandbytes__"  # before the code book's name

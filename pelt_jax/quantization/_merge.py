@@ -13,7 +13,9 @@ from pelt_jax._leaf import lowest, rebased, widened
 from pelt_jax._node import Weight, base, contract
 from pelt_jax._tree import expanded, merge, refuse_unmergeable
 from pelt_jax._walk import one_layer, update_at, walk
-from pelt_jax.quantization._weight import NF4Weight, coded, to_input
+from pelt_jax.quantization._layout import coded
+from pelt_jax.quantization._product import to_input
+from pelt_jax.quantization._weight import NF4Weight
 
 
 class MergeAware(Weight):

@@ -3,55 +3,17 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
-from pelt_jax._node import Weight, contract, derived, extra, static, strip
-from pelt_jax._save import fingerprint
+from pelt_jax._node import Weight, derived, extra, static, strip
 from pelt_jax._shardings import fitted
-from pelt_jax.quantization._blocks import (
-  decode_scales,
-  encode,
-  encode_scales,
-  lookup,
-  pack_bytes,
-  pack_words,
-  unpack_bytes,
-  unpack_words,
-)
-from pelt_jax.quantization._code_books import CODE_BOOKS, CodeBook, code_book
-
-LAYOUTS = ("rows", "words", "flat")
-_TILE = 2**21  # bytes of a dequantized part that a CPU multiplies
-_FEW = 32  # tokens, beyond which a product outweighs what its kernel costs
-
-
-class Plan(NamedTuple):
-  """All that shapes the program of a quantized kernel; see `NF4Weight`."""
-
-  sizes: tuple[int, ...]
-  kind: str
-  order: tuple[int, ...]
-  inputs: int
-  book: str | tuple[float, ...]
-  block: int
-  double: bool
-  layout: str
-
-  @property
-  def matrix(self) -> tuple[int, int]:
-    """Outputs and inputs."""
-    cut = len(self.order) - self.inputs
-    sizes = [self.sizes[i] for i in self.order]
-    return math.prod(sizes[:cut]), math.prod(sizes[cut:])
-
-  @property
-  def code_book(self) -> CodeBook:
-    return CODE_BOOKS[self.book] if isinstance(self.book, str) else code_book(self.book)
+from pelt_jax.quantization._code_books import CODE_BOOKS, code_book
+from pelt_jax.quantization._layout import LAYOUTS, Plan, coded, dequantize, fitting, unpacked
+from pelt_jax.quantization._product import placed, product
 
 
 class NF4Weight(Weight):
@@ -112,14 +74,14 @@ class NF4Weight(Weight):
     return jnp.dtype(self.kind)
 
   def materialize(self) -> jax.Array:
-    whole = functools.partial(_dequantize, self.plan)
+    whole = functools.partial(dequantize, self.plan)
     for _ in range(self.stacked):
       whole = jax.vmap(whole)
     return whole(jax.lax.stop_gradient(self._arrays()))
 
   def einsum(self, eq: str, x: jax.Array, call: Any = None, precision: Any = None) -> jax.Array:
     how = (eq, self.plan, precision, x.shape, x.dtype, self.places(call))
-    return _product(how, x, self._arrays())
+    return product(how, x, self._arrays())
 
   def rebuild(self, source: Any) -> Self:
     made: Any
@@ -163,7 +125,7 @@ class NF4Weight(Weight):
 
   def placed(self, places: tuple) -> Self:
     """The node with its arrays where `places` says."""
-    return self.replace(**_placed(self._arrays(), places))
+    return self.replace(**placed(self._arrays(), places))
 
   def numbers(self) -> jax.Array:
     """The codes of one layer, uint8, in order of the rows."""
@@ -256,12 +218,6 @@ def check_options(book: Any, block: Any, layout: Any) -> None:
     raise ValueError(f"layout must be one of {LAYOUTS}, or None for the platform's, got {layout!r}")
 
 
-def fitting(layout: str | None, inputs: int, block: int) -> str:
-  """The layout that was asked for, the platform's, or "flat" where blocks cross rows."""
-  layout = layout or ("rows" if jax.default_backend() == "gpu" else "words")
-  return "flat" if inputs % block else layout
-
-
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _stacked(plan: Plan, kernel: jax.Array, stacked: int) -> dict[str, jax.Array]:
   """The arrays of a node, layer by layer."""
@@ -269,154 +225,3 @@ def _stacked(plan: Plan, kernel: jax.Array, stacked: int) -> dict[str, jax.Array
   for _ in range(stacked):
     one = functools.partial(jax.lax.map, one)
   return one(kernel)
-
-
-def coded(plan: Plan, kernel: jax.Array) -> dict[str, jax.Array]:
-  """The arrays of one layer's node."""
-  rows, columns = plan.matrix
-  matrix = kernel.transpose(plan.order).reshape(rows, columns)
-  codes, scales = encode(matrix.reshape(-1), plan.code_book, plan.block)
-  made: dict[str, jax.Array] = {"source": fingerprint(kernel)}
-  if plan.double:
-    made["offset"] = jnp.mean(scales)
-    scales, made["nested"] = encode_scales(scales, made["offset"])
-  return made | packed(plan, codes, scales)
-
-
-def packed(plan: Plan, codes: jax.Array, scales: jax.Array) -> dict[str, jax.Array]:
-  """Codes and scales in order of the rows, as the layout has them."""
-  rows, columns = plan.matrix
-  zero = plan.code_book.zero
-  if plan.layout == "flat":
-    return {"codes": pack_bytes(codes, zero), "scales": scales}
-  codes, scales = codes.reshape(rows, columns), scales.reshape(rows, -1)
-  if plan.layout == "words":
-    return {"codes": pack_words(codes.T), "scales": scales.T}
-  return {"codes": pack_bytes(codes, zero), "scales": scales}
-
-
-def unpacked(plan: Plan, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """What `packed` was given."""
-  rows, columns = plan.matrix
-  codes, scales = arrays["codes"], arrays["scales"]
-  if plan.layout == "words":
-    codes, scales = unpack_words(codes).reshape(-1, rows).T, scales.T
-  else:
-    codes = unpack_bytes(codes)
-  return codes.reshape(-1)[: rows * columns], scales.reshape(-1)
-
-
-def _scales(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
-  """The scales as numbers, as the layout has them."""
-  scales = arrays["scales"]
-  if not plan.double:
-    return scales
-  axis = "F" if plan.layout == "words" else "C"  # coded in order of the rows, words' columns
-  decoded = decode_scales(scales.reshape(-1, order=axis), arrays["nested"], arrays["offset"])
-  return decoded.reshape(scales.shape, order=axis)
-
-
-def _dequantize(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
-  """The kernel, in its own dtype and axes."""
-  rows, columns = plan.matrix
-  words = plan.layout == "words"
-  codes, scales = arrays["codes"], _scales(plan, arrays)
-  codes = unpack_words(codes) if words else unpack_bytes(codes)
-  values = lookup(np.asarray(plan.code_book.values, np.float32), codes)
-  cut, order = len(plan.order) - plan.inputs, plan.order
-  # A scale per word or byte: where devices share a block, each has all that its codes need.
-  if words:
-    matrix = values * jnp.repeat(scales, plan.block // 8, axis=0)[:, None, :]
-    order = (*plan.order[cut:], *plan.order[:cut])
-  else:
-    flat = plan.layout == "flat"
-    scales = jnp.repeat(scales, plan.block // 2, axis=-1)
-    matrix = values * (scales[: len(values)] if flat else scales)[..., None]
-    matrix = matrix.reshape(-1)[: rows * columns] if flat else matrix
-  kernel = jnp.asarray(matrix, plan.kind).reshape([plan.sizes[i] for i in order])
-  return kernel.transpose(np.argsort(order))
-
-
-def _tiles(eq: str, plan: Plan, x: jax.Array) -> int:
-  """In how many parts a CPU multiplies few tokens: each part's kernel stays in the cache.
-
-  A kernel of 16 MB that is written, read and packed for 16 tokens costs 1.5 times as much.
-  """
-  inputs, kernel, out = eq.replace("->", ",").split(",")
-  cut = len(plan.order) - plan.inputs
-  letter = kernel[plan.order[cut]]
-  size, width = plan.sizes[plan.order[cut]], plan.matrix[1]
-  tokens = x.size // width
-  apart = plan.layout == "words" and letter in inputs and letter not in out
-  if not apart or tokens > _FEW or jnp.finfo(x.dtype).bits < 32:
-    return 1
-  wanted = math.prod(plan.sizes) * x.dtype.itemsize // _TILE
-  fits = lambda n: size % n == 0 and width // n % plan.block == 0
-  return max((n for n in range(1, wanted + 1) if fits(n)), default=1)
-
-
-def _by_tiles(
-  eq: str, plan: Plan, precision: Any, tiles: int, x: jax.Array, arrays: dict[str, jax.Array]
-) -> jax.Array:
-  """The product as a sum over parts of the kernel's first input axis."""
-  inputs, kernel, _ = eq.replace("->", ",").split(",")
-  cut = plan.order[len(plan.order) - plan.inputs]
-  axis = x.ndim - len(inputs) + inputs.index(kernel[cut])
-  sizes = tuple(n // tiles if i == cut else n for i, n in enumerate(plan.sizes))
-  part = plan._replace(sizes=sizes, double=False)
-  lie = {"codes": arrays["codes"], "scales": _scales(plan, arrays)}
-
-  def taken(x: jax.Array, i: jax.Array, axis: int = 0) -> jax.Array:
-    size = x.shape[axis] // tiles
-    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
-
-  def term(i: jax.Array) -> jax.Array:
-    w = _dequantize(part, {n: taken(v, i) for n, v in lie.items()})
-    return contract(eq, taken(x, i, axis), w, precision)
-
-  zero = jnp.zeros_like(jax.eval_shape(term, 0))
-  return jax.lax.fori_loop(0, tiles, lambda i, y: y + term(i), zero)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(how: tuple, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-  eq, plan, precision, *_, places = how
-  whole = lambda x, arrays: contract(eq, x, _dequantize(plan, _placed(arrays, places)), precision)
-  tiles = 1 if places else _tiles(eq, plan, x)
-  if tiles == 1:
-    return whole(x, arrays)
-  by_tiles = functools.partial(_by_tiles, eq, plan, precision, tiles)
-  return jax.lax.platform_dependent(x, arrays, cpu=by_tiles, default=whole)
-
-
-def _forward(how: tuple, x: jax.Array, arrays: dict[str, jax.Array]) -> tuple:
-  return _product(how, x, arrays), arrays
-
-
-def _backward(how: tuple, arrays: dict[str, jax.Array], g: Any) -> tuple:
-  eq, plan, precision, shape, dtype, places = how
-  # Without the barrier XLA would find that the forward pass dequantized already, and keep that.
-  arrays, g = jax.lax.optimization_barrier((arrays, g))
-  kernel = _dequantize(plan, _placed(arrays, places))
-  dx = to_input(eq, kernel, precision, jax.ShapeDtypeStruct(shape, dtype), g)
-  return dx, jax.tree.map(_no_gradient, arrays)
-
-
-def to_input(eq: str, kernel: jax.Array, precision: Any, x: Any, g: jax.Array) -> jax.Array:
-  """The gradient of a product with respect to `x`, of which shape and dtype are given."""
-  (dx,) = jax.linear_transpose(lambda x: contract(eq, x, kernel, precision), x)(g)
-  return dx
-
-
-def _placed(arrays: dict[str, jax.Array], places: tuple) -> dict[str, jax.Array]:
-  """The codes brought together, so that devices exchange them and not what they stand for."""
-  return {**arrays, **{n: jax.lax.with_sharding_constraint(arrays[n], at) for n, at in places}}
-
-
-def _no_gradient(x: jax.Array) -> Any:
-  if jnp.issubdtype(x.dtype, jnp.floating):
-    return jnp.zeros_like(x)
-  return np.zeros(x.shape, jax.dtypes.float0)
-
-
-_product.defvjp(_forward, _backward)

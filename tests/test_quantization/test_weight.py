@@ -10,7 +10,7 @@ import pytest
 
 import pelt_jax as pelt
 from pelt_jax import _node
-from pelt_jax.quantization import CODE_BOOKS, _blocks, _weight, quantize
+from pelt_jax.quantization import CODE_BOOKS, _blocks, _product, quantize
 from pelt_jax.quantization._code_books import dynamic_map
 from tests.test_models.helpers import close
 
@@ -190,7 +190,7 @@ def largest(program):
 )
 def test_few_tokens_are_multiplied_tile_by_tile(monkeypatch, shape, outputs, eq, x, double):
   """On CPU, in a loop that holds a part of the kernel alone; gradients as ever."""
-  monkeypatch.setattr(_weight, "_TILE", 2**14)
+  monkeypatch.setattr(_product, "_TILE", 2**14)
   options = {"layout": "words", "outputs": outputs, "double_quant": double}
   node, x = quantize(drawn(*shape) / 16, **options), jnp.asarray(drawn(*x, seed=1))
   tiled = jax.jit(lambda x, node: jnp.sin(node.einsum(eq, x))).lower(x, node).compile()
@@ -213,7 +213,7 @@ def test_few_tokens_are_multiplied_tile_by_tile(monkeypatch, shape, outputs, eq,
   ],
 )
 def test_which_products_are_cut(monkeypatch, layout, tokens, dtype, cut):
-  monkeypatch.setattr(_weight, "_TILE", 2**14)
+  monkeypatch.setattr(_product, "_TILE", 2**14)
   node, x = quantize(drawn(128, 128), layout=layout), jnp.ones((tokens, 128), dtype)
   found = str(jax.make_jaxpr(lambda x, node: node.einsum("...i,io->...o", x))(x, node))
   assert ("scan[" in found) == cut
