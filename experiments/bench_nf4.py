@@ -3,17 +3,20 @@
     python experiments/bench_nf4.py --out experiments/results
 
 Two feed-forward blocks of nn.Dense (1024 -> 4096 -> 1024), float32, every kernel in NF4 in blocks
-of 64, LoRA of rank 16, all cores. At many tokens the products outweigh all else, for every side.
-Functions take turns in one process, and CPU times are compared pair by pair. bitsandbytes runs
-Linear4bit with LoRA beside it.
+of 64, LoRA of rank 16. At many tokens the products outweigh all else, for every side; with several
+threads CPU time also counts how they wait for each other. Functions take turns in one process, one
+for each row of the table, and CPU times are compared pair by pair. bitsandbytes runs Linear4bit
+with LoRA beside it.
 
 Needs torch, bitsandbytes and qwix.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
 
@@ -57,7 +60,7 @@ def data(tokens: int) -> tuple[dict, np.ndarray]:
 
 
 def stepped(apply, params, split, x):
-  """A jitted AdamW step on what trains, that keeps its own state, and a jitted forward pass."""
+  """A jitted forward pass, an AdamW step on what trains, and the step's temporary bytes."""
   trainable, frozen = split(params)
   tx = optax.adamw(LR)
   join = pelt.combine
@@ -71,12 +74,14 @@ def stepped(apply, params, split, x):
 
   forward = jax.jit(lambda params, x: apply(params, x))
   held = [trainable, tx.init(trainable)]
+  compiled = step.lower(*held, frozen, x).compile()
 
   def run() -> float:
-    held[0], held[1], value = step(held[0], held[1], frozen, x)
+    held[0], held[1], value = compiled(held[0], held[1], frozen, x)
     return float(value)
 
-  return lambda: forward(params, x).block_until_ready(), run
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  return lambda: forward(params, x).block_until_ready(), run, temporary
 
 
 def here(kernels: dict, x: jax.Array) -> dict:
@@ -87,11 +92,14 @@ def here(kernels: dict, x: jax.Array) -> dict:
   apply = pelt.bypass(model.apply)
   nodes = [params[name]["kernel"].base for name in kernels]
   whole = jax.jit(lambda nodes: [n.materialize() for n in nodes])
-  forward, step = stepped(lambda p, x: apply({"params": p}, x), params, pelt.partition, x)
+  forward, step, temporary = stepped(
+    lambda p, x: apply({"params": p}, x), params, pelt.partition, x
+  )
   return {
     "dequantize": lambda: jax.block_until_ready(whole(nodes)),
     "forward": forward,
     "step": step,
+    "temporary": temporary,
     "values": whole(nodes),
     "bytes": sum(x.nbytes for x in jax.tree.leaves(nodes)),
   }
@@ -123,12 +131,13 @@ def in_qwix(kernels: dict, x: jax.Array) -> dict:
     )
     return pick(True), pick(False)
 
-  forward, step = stepped(lambda p, x: model.apply({"params": p}, x), params, split, x)
+  forward, step, temporary = stepped(lambda p, x: model.apply({"params": p}, x), params, split, x)
   size = lambda a: a.qvalue.on_device_size_in_bytes() + a.scale.on_device_size_in_bytes()
   return {
     "dequantize": lambda: jax.block_until_ready(whole(arrays)),
     "forward": forward,
     "step": step,
+    "temporary": temporary,
     "values": whole(arrays),
     "bytes": sum(map(size, arrays)),
   }
@@ -138,7 +147,7 @@ def in_bitsandbytes(kernels: dict, x: np.ndarray) -> dict:
   import bitsandbytes as bnb
   import torch
 
-  torch.set_num_threads(os.cpu_count() or 1)
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
   layers, factors = {}, {}
   for name, kernel in kernels.items():
     a, b = kernel.shape
@@ -192,6 +201,7 @@ def in_bitsandbytes(kernels: dict, x: np.ndarray) -> dict:
 
 def measured(tokens: int, pairs: int) -> dict:
   """Times and ratios at a number of tokens, after all sides were found to do the same."""
+  training.keep_freed_memory()  # as the main job does; it serves all sides
   kernels, x = data(tokens)
   sides = {
     "pelt_jax": here(kernels, jnp.asarray(x)),
@@ -206,7 +216,8 @@ def measured(tokens: int, pairs: int) -> dict:
   losses = {name: side["step"]() for name, side in sides.items()}
   if any(abs(v / losses["pelt_jax"] - 1) > 1e-3 for v in losses.values()):
     raise SystemExit(f"the losses of step 1 differ, so this compares nothing: {losses}")
-  results: dict = {"loss_step_1": losses, "bytes": {n: s["bytes"] for n, s in sides.items()}}
+  of = lambda what: {n: side[what] for n, side in sides.items() if what in side}
+  results: dict = {"loss_step_1": losses, "bytes": of("bytes"), "temporary": of("temporary")}
   for what in RUNS:
     cpu = alternate({n: s[what] for n, s in sides.items()}, pairs)["cpu"]
     results[what] = {
@@ -217,43 +228,69 @@ def measured(tokens: int, pairs: int) -> dict:
   return results
 
 
+def on_cores(cores: int, *args: int) -> dict:
+  """`measured` in a process of its own, whose threads are as many as its cores."""
+  everywhere = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, sorted(everywhere)[:cores])
+  try:
+    spawned = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawned) as pool:
+      return pool.submit(measured, *args).result()
+  finally:
+    os.sched_setaffinity(0, everywhere)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--pairs", type=int, default=30)
-  parser.add_argument("--tokens", type=int, nargs="+", default=[256, 16])
+  parser.add_argument("--tokens", type=int, nargs="+", default=[16, 256])
+  parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
   parser.add_argument("--out", type=pathlib.Path, required=True)
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
-  training.keep_freed_memory()  # as the main job does; it serves all sides
-  by_tokens = {tokens: measured(tokens, args.pairs) for tokens in args.tokens}
+  rows = [
+    {"cores": cores, "tokens": tokens} | on_cores(cores, tokens, args.pairs)
+    for cores in args.cores
+    for tokens in args.tokens
+  ]
   names = ("jax", "flax", "qwix", "torch", "bitsandbytes")
   versions = {n: importlib.metadata.version(n) for n in names}
-  today = datetime.date.today().isoformat()
-  results = {"date": today, "pairs": args.pairs, "cpus": os.cpu_count(), "versions": versions}
-  write(args.out / "bench_nf4.json", json.dumps(results | {"tokens": by_tokens}, indent=1) + "\n")
+  today, model = datetime.date.today().isoformat(), processor()
+  results = {"date": today, "pairs": args.pairs, "processor": model, "versions": versions}
+  write(args.out / "bench_nf4.json", json.dumps(results | {"rows": rows}, indent=1) + "\n")
   lines = [
     "# NF4 on CPU: CPU time against qwix and bitsandbytes\n",
-    "Made by `experiments/bench_nf4.py`; below 1 means that pelt_jax is faster (95 % interval).\n",
-    "| | tokens | CPU s | over qwix's | over bitsandbytes' |",
-    "|---|---|---|---|---|",
+    "Made by `experiments/bench_nf4.py`; below 1 means that pelt_jax is faster (95 % interval).",
+    "MB beside: temporary memory of the compiled step, pelt_jax's and qwix's.\n",
+    "| | tokens | cores | CPU s | over qwix's | over bitsandbytes' | MB beside | qwix |",
+    "|---|---|---|---|---|---|---|---|",
   ]
-  for tokens, found in by_tokens.items():
+  for row in rows:
     for what in RUNS:
-      cells = [f"{found[what]['pelt_jax']['cpu_seconds_median']:.4f}"]
+      cells = [f"{row[what]['pelt_jax']['cpu_seconds_median']:.4f}"]
       for other in ("qwix", "bitsandbytes"):
-        r = found[what][other]
+        r = row[what][other]
         cells.append("{:.3f} ({:.3f}–{:.3f})".format(r["ratio"], *r["95 %"]))
-      lines.append(f"| {what} | {tokens} | {' | '.join(cells)} |")
-  found = by_tokens[args.tokens[0]]
-  shown = ", ".join(f"{n} {b:,}" for n, b in found["bytes"].items())
+      beside = [f"{row['temporary'][n] / 1e6:.1f}" for n in ("pelt_jax", "qwix")]
+      cells += beside if what == "step" else ["", ""]
+      lines.append(f"| {what} | {row['tokens']} | {row['cores']} | {' | '.join(cells)} |")
+  shown = ", ".join(f"{n} {b:,}" for n, b in rows[0]["bytes"].items())
   count = BLOCKS * 2 * WIDTH * INNER
   lines.append(f"\nResident bytes: {shown}, of {count:,} numbers.")
   lines.append("; ".join(f"{k} {v}" for k, v in versions.items()))
-  lines.append(f"{args.pairs} pairs each, {today}, {os.cpu_count()} cores.")
+  lines.append(f"{args.pairs} pairs each, {today}, {model}.")
   write(args.out / "bench_nf4.md", "\n".join(lines) + "\n")
   print("\n".join(lines))
+
+
+def processor() -> str:
+  """The machine's, by the kernel's word: which side is faster depends on it."""
+  known = [v.split(":", 1) for v in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if v]
+  found = {name.strip(): value.strip() for name, *rest in known for value in rest}
+  vectors = "AVX-512" if "avx512f" in found.get("flags", "") else "no AVX-512"
+  return f"{found.get('model name', 'unknown')} ({vectors})"
 
 
 if __name__ == "__main__":
