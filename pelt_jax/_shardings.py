@@ -12,6 +12,7 @@ from pelt_jax._node import Node, Weight
 from pelt_jax._walk import update_at, walk
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that split the rows of a batch
 
 
 def shardings(

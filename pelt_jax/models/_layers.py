@@ -12,11 +12,11 @@ from flax import linen as nn
 from flax.core import meta
 from jax.sharding import PartitionSpec
 
+from pelt_jax._shardings import BATCH_AXES
 from pelt_jax.models._attention import Array
 
 # Boxes of sharding names look for this key when an axis comes or goes; the layer axis has none.
 _AXIS: dict[Any, Any] = {nn.PARTITION_NAME: None}
-BATCH_AXES = ("data", "fsdp")
 
 
 class _Loop(nn.Module):

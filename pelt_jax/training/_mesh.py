@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pelt_jax._linen_sites import sites
-from pelt_jax._shardings import Mesh, shardings
+from pelt_jax._shardings import BATCH_AXES, Mesh, shardings
 from pelt_jax._site import Site
 from pelt_jax._walk import update_at, walk
 from pelt_jax.training._step import TrainStep
 
 P = jax.sharding.PartitionSpec
 
-TENSOR, BATCH = "model", ("data", "fsdp")  # names of mesh axes: matrices, and rows of a batch
-_AXES = (*BATCH, TENSOR)
+TENSOR = "model"  # the mesh axis that splits matrices
+_AXES = (*BATCH_AXES, TENSOR)
 _OUT = ("query", "key", "value", "ffn_in")  # split by output features, so that nothing is summed
 _IN = ("attention_out", "ffn_out", "embedding")  # split by input features (a table: by ids)
 
@@ -114,7 +114,7 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
   Raises:
     ValueError: The rows do not divide.
   """
-  axes = tuple(name for name in BATCH if name in mesh.shape)
+  axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
   parts = math.prod(mesh.shape[name] for name in axes)
   rows = len(batch["input_ids"])
   if rows % parts:

@@ -1,6 +1,7 @@
 """One optimizer step on the trainable part of params."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from pelt_jax._node import Weight
+from pelt_jax._shardings import BATCH_AXES
 from pelt_jax._transform import PostStep, Transform
 from pelt_jax._tree import combine, partition, penalised, penalty, value_and_grad
 from pelt_jax._walk import every_node
@@ -65,7 +67,8 @@ def train_step(
     `donate_argnums=(0, 2)` to update in place.
 
   Raises:
-    ValueError: `clip` is not positive, or `accumulate` is less than 1 or does not divide the batch.
+    ValueError: `clip` is not positive, or `accumulate` is less than 1 or does not divide the batch,
+      or the devices of the mesh in use cannot share a part's rows evenly.
   """
   post = None if method is None else method.post_step
   gradient, finish = gradients(_total(apply, loss), accumulate), finisher(tx, clip, post)
@@ -227,7 +230,21 @@ def _accumulated(
     return jax.tree.map(jnp.add, carry, new), None
 
   pieces = jax.tree.map(split, batch)
+  _check_shared(jax.tree.leaves(pieces)[0].shape[1], parts)
   first = jax.tree.map(lambda x: x[0], pieces)
   shapes = jax.eval_shape(gradient, trainable, frozen, first, key)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   return jax.lax.scan(body, zeros, (pieces, jnp.arange(parts)))[0]
+
+
+def _check_shared(rows: int, parts: int) -> None:
+  """Raises ValueError if devices of the mesh in use would each compute all rows of a part."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = [name for name in BATCH_AXES if name in mesh.axis_names]
+  sharing = math.prod(mesh.shape[name] for name in axes)
+  if rows % sharing:
+    raise ValueError(
+      f"accumulate={parts} leaves {rows} rows to a part, which {sharing} devices "
+      f"({', '.join(axes)}) cannot share evenly: each would compute all of them. Take a larger "
+      "batch, or fewer parts"
+    )

@@ -265,3 +265,21 @@ def test_parts_must_divide_the_batch():
   train = training.train_step(product, squares, optax.sgd(1.0), accumulate=3)
   with pytest.raises(ValueError, match="accumulate=3 does not divide the batch of 2"):
     run(train, one_weight(1.0, 1.0))
+
+
+@pytest.mark.parametrize(("mesh", "parts"), [((4, 1, 1), 4), ((2, 2, 1), 4), ((2, 1, 4), 8)])
+def test_parts_must_divide_over_the_devices_that_share_a_batch(mesh, parts):
+  """Otherwise each device would compute all rows of a part, and nobody would know."""
+  axes = jax.sharding.AbstractMesh(mesh, ("data", "fsdp", "model"))
+  batch = {name: jnp.ones(8) for name in BATCH}
+  for accumulate in (parts, parts // 2):
+    train = training.train_step(product, squares, optax.sgd(1.0), accumulate=accumulate)
+    state = train.init(one_weight(1.0, 1.0))
+    trace = lambda: jax.eval_shape(train.step, *state, batch, jax.random.key(0))  # noqa: B023
+    with jax.sharding.use_abstract_mesh(axes):
+      if accumulate < parts:
+        assert trace()[2]["loss"].shape == ()
+      else:
+        message = f"accumulate={parts} leaves {8 // parts} rows to a part, which .* cannot share"
+        with pytest.raises(ValueError, match=message):
+          trace()
