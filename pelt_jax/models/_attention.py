@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from flax import linen as nn
 from pelt_jax.models._config import Rope
 
 Array = jax.Array | np.ndarray
+_SCORES = 2**28  # attention scores that may exist at a time, in each layer: 1 GiB in float32
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -24,7 +27,9 @@ class AttentionCore(nn.Module):
   """softmax(scale · q kᵀ + bias) v with grouped key/value heads; it has no parameters.
 
   It is a module so that a node can stand around it: a prefix hands it longer `k`, `v` and `mask`.
-  Any number of keys S will do.
+  Any number of keys S will do. Of long contexts some queries attend after others, and the backward
+  pass computes their scores again, so that memory grows with T and not with T²; the numbers are
+  the same. Dropout of the weights needs all of them at once.
 
   Attributes:
     dropout: of the weights.
@@ -66,22 +71,64 @@ class AttentionCore(nn.Module):
     # Rounded once: 48 ** -0.5 in bfloat16 is 0.13 % off.
     q = (q.astype(wide) * jnp.asarray(scale, wide)).astype(q.dtype)
     q = q.reshape(batch, length, groups, heads // groups, width)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide)
-    if bias is not None:
-      scores = scores + _grouped(bias, groups).astype(wide)
-    if mask is not None:
-      # Finite, so that a row which may look nowhere (padding) is a mean and not NaN.
-      scores = jnp.where(_grouped(mask, groups), scores, jnp.finfo(wide).min)
-    # The weights are normalised after they have met v: (T, D) numbers to divide and not (T, S).
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    total = jnp.moveaxis(jnp.sum(weights, axis=-1), -1, 1)[..., None]
-    weights = weights.astype(v.dtype)
-    if self.dropout:
-      weights = nn.Dropout(self.dropout, name="dropout")(weights, deterministic=deterministic)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=wide)
-    out = (out / total).astype(q.dtype)
+    bias = None if bias is None else _grouped(bias, groups)
+    mask = None if mask is None else _grouped(mask, groups)
+    drop = nn.Dropout(self.dropout, name="dropout") if self.dropout else None
+    if drop is not None:
+      drop = functools.partial(drop, deterministic=deterministic)
+    row = batch * heads * k.shape[1]  # scores of one position
+    if length * row <= _SCORES or (drop is not None and not deterministic):
+      out = _attend(q, k, v, mask, bias, drop)
+    else:
+      out = _by_turns(max(1, _SCORES // row), q, k, v, mask, bias)
     return out.reshape(batch, length, heads, width)
+
+
+def _attend(
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: Array | None,
+  bias: Array | None,
+  drop: Callable[[Array], Array] | None = None,
+) -> Array:
+  """softmax(q kᵀ + bias) v of scaled queries (B, T, K, G, D); mask and bias (B, 1 or K, ..., S)."""
+  wide = at_least_float32(q.dtype)
+  scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide)
+  if bias is not None:
+    scores = scores + bias.astype(wide)
+  if mask is not None:
+    # Finite, so that a row which may look nowhere (padding) is a mean and not NaN.
+    scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+  # The weights are normalised after they have met v: (T, D) numbers to divide and not (T, S).
+  top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+  weights = jnp.exp(scores - top)
+  total = jnp.moveaxis(jnp.sum(weights, axis=-1), -1, 1)[..., None]
+  weights = weights.astype(v.dtype)
+  if drop is not None:
+    weights = drop(weights)
+  out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=wide)
+  return (out / total).astype(q.dtype)
+
+
+def _by_turns(
+  size: int, q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None
+) -> Array:
+  """The same, `size` queries after others; the backward pass computes each turn's scores again."""
+
+  @functools.partial(jax.checkpoint, static_argnums=1)
+  def turn(start: Any, size: int) -> Array:
+    def taken(x: Any, axis: int) -> Any:
+      if x is None or x.shape[axis] == 1:
+        return x
+      return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+    return _attend(taken(q, 1), k, v, taken(mask, -2), taken(bias, -2))
+
+  count, rest = divmod(q.shape[1], size)
+  out = jax.lax.map(lambda i: turn(i * size, size), jnp.arange(count))
+  out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])
+  return jnp.concatenate([out, turn(count * size, rest)], 1) if rest else out
 
 
 def _grouped(x: Array, groups: int) -> Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pelt_jax.models import _attention
 from pelt_jax.models._attention import (
   AttentionCore,
   causal_mask,
@@ -50,6 +51,45 @@ def test_the_core_is_attention_head_by_head(groups, extras):
     mask[..., 0] = True
   out = AttentionCore().apply({}, q, k, v, mask, bias)
   np.testing.assert_allclose(out, by_hand(q, k, v, mask, bias), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("extras", [(), ("mask",), ("padding", "bias"), ("mask", "row bias")])
+def test_queries_attend_by_turns(monkeypatch, size, extras):
+  """Values and gradients of all at once; no turn has more scores than the limit."""
+  rng, heads, keys = np.random.default_rng(2), 4, 6
+  with jax.enable_x64(True):
+    q, k, v = qkv(heads, 2, length=5, keys=keys, dtype=np.float64)
+    mask = rng.random((2, 1, 1 if "padding" in extras else 5, keys)) < 0.7
+    mask[..., 0] = True
+    mask = mask if extras else None
+    shape = {"bias": (1, heads, 5, keys), "row bias": (2, 1, 1, keys)}
+    bias = jnp.asarray(rng.normal(size=shape[extras[-1]])) if extras[1:] else None
+
+    def loss(q, k, v, bias):
+      return jnp.sum(jnp.sin(AttentionCore().apply({}, q, k, v, mask, bias)))
+
+    argnums = range(4 if extras[1:] else 3)
+    run = lambda: jax.jit(jax.value_and_grad(loss, argnums=tuple(argnums)))
+    want = run()(q, k, v, bias)
+    monkeypatch.setattr(_attention, "_SCORES", size * 2 * heads * keys)
+    program = str(jax.make_jaxpr(run())(q, k, v, bias))
+    assert f"f64[2,2,2,5,{keys}]" not in program or size == 5
+    assert f"f64[2,2,2,{size},{keys}]" in program
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-14), run()(q, k, v, bias), want
+    )
+
+
+def test_dropped_weights_are_drawn_all_at_once(monkeypatch):
+  q, k, v = qkv(2, 2)
+  run = lambda: AttentionCore(dropout=0.5).apply(
+    {}, q, k, v, deterministic=False, rngs={"dropout": jax.random.key(0)}
+  )
+  want = run()
+  monkeypatch.setattr(_attention, "_SCORES", 1)
+  np.testing.assert_array_equal(run(), want)
+  assert "scan[" in str(jax.make_jaxpr(lambda: AttentionCore().apply({}, q, k, v))())
 
 
 def test_two_keys_in_closed_form():
