@@ -73,6 +73,7 @@ def abstract_step(
   quantized: bool = True,
   layers: int | None = None,
   paged: int | None = None,
+  remat: bool | str = True,
   rows: int | None = None,
   accumulate: int = 1,
   mesh: jax.sharding.Mesh | None = None,
@@ -89,6 +90,7 @@ def abstract_step(
     quantized: NF4 under double quantization; False: the base in bfloat16.
     layers: fewer than the model has, to try it out.
     paged: optimizer state from so many elements on lies in the host's memory.
+    remat: "offload" keeps the layers' inputs in the host's memory.
     rows: of the batch; by default one per device.
     accumulate: parts of the batch, one after another.
     mesh: of `mesh_of`.
@@ -108,7 +110,7 @@ def abstract_step(
       "tie_word_embeddings": False,
     },
     scan=True,
-    remat=True,
+    remat=remat,
     dtype=jnp.bfloat16,
   )
   ids = jax.ShapeDtypeStruct((rows or (mesh.size if mesh else 1), length), jnp.int32)

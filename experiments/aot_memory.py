@@ -56,6 +56,7 @@ def measure(name: str, target: str, args: argparse.Namespace) -> dict:
     quantized=not args.naive,
     layers=args.layers,
     paged=LIMIT if args.paged else None,
+    remat="offload" if args.offload else True,
   )
   at = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
   away = lambda x: jax.ShapeDtypeStruct(
@@ -80,6 +81,7 @@ def measure(name: str, target: str, args: argparse.Namespace) -> dict:
     "rank": args.rank,
     "naive": args.naive,
     "fit": None,
+    "offload": args.offload,
     "dtypes": {
       "lora": sorted({str(x.dtype) for x in jax.tree.leaves(trainable)}),
       "moments": sorted({str(x.dtype) for x in large}),
@@ -97,8 +99,9 @@ def markdown(results: dict) -> str:
     "Made by `experiments/aot_memory.py`; GB are 1e9 bytes. Device memory is arguments +"
   )
   lines.append(
-    "results + temporaries, donated arguments counted once; host memory is what is paged.\n"
+    "results + temporaries, donated arguments counted once; host memory is what is paged, and the"
   )
+  lines.append('layers\' inputs where `remat="offload"` keeps them there for the backward pass.\n')
   lines.append(
     "| model | length | target | LoRA, moments | device | of it temporary | host | compiled in |"
   )
@@ -107,12 +110,19 @@ def markdown(results: dict) -> str:
     sizes, kinds = r["bytes"], r["dtypes"]
     how = ", ".join(dict.fromkeys([*kinds["lora"], *kinds["moments"]]))
     how += f", rank {r['rank']}" + (", naive" if r["naive"] else ", unpaged" * (not r["paged"]))
-    device, temp, host = (sizes[k] / 1e9 for k in ("device", "temp", "host_argument"))
+    how += ", layers' inputs on the host" * r.get("offload", False)
+    device, temp = sizes["device"] / 1e9, sizes["temp"] / 1e9
+    host = (sizes["host_argument"] + sizes["host_temp"]) / 1e9
     room = f"longest for {r['fit']:g} GB" if r["fit"] else f"{CARDS[r['target']]} GB"
     lines.append(
       f"| {r['model']} | {r['length']:,} | {r['target']}, {room} | {how} "
       f"| {device:.2f} | {temp:.2f} | {host:.2f} | {r['compile_s']:.0f} s |"
     )
+  lines.append("\nLongest contexts of QLoRA of rank 32 as others published them: 70B parameters")
+  lines.append(
+    "12,106 tokens in 48 GB and 89,389 in 80 GB, 8B 78,475 in 24 GB (Unsloth, with kernels of"
+  )
+  lines.append("its own). Those were run on cards; these are what the compiler says that it needs.")
   versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
   return "\n".join([*lines, "", f"{results['date']}; {versions}.", ""])
 
@@ -128,6 +138,7 @@ def main() -> None:
   parser.add_argument("--layers", type=int, help="fewer than the model has, to try it out")
   parser.add_argument("--lora", default="bfloat16", choices=("bfloat16", "float32"))
   parser.add_argument("--naive", action="store_true", help="LoRA on bfloat16, nothing paged")
+  parser.add_argument("--offload", action="store_true", help="layers' inputs on the host")
   parser.add_argument("--fit", type=float, help="search the longest context for so many GB")
   parser.add_argument("--out", type=pathlib.Path, default=aot.HERE / "results")
   parser.add_argument("--unpaged", dest="paged", action="store_false", help="state on the device")
@@ -138,7 +149,7 @@ def main() -> None:
   results = json.loads(file.read_text()) if file.is_file() else {"rows": []}
   results["versions"] = aot.versions()
   results["date"] = datetime.date.today().isoformat()
-  same = ("model", "target", "rank", "naive", "dtypes", "fit")
+  same = ("model", "target", "rank", "naive", "dtypes", "fit", "offload")
   for name in args.models:
     for target in args.targets:
       row = (longest if args.fit else measure)(name, target, args)
@@ -146,7 +157,7 @@ def main() -> None:
       others = [
         r
         for r in results["rows"]
-        if any(r[k] != row[k] for k in again) or bool(r["paged"]) != args.paged
+        if any(r.get(k, False) != row[k] for k in again) or bool(r["paged"]) != args.paged
       ]
       results["rows"] = [*others, row]
       print(json.dumps(row), flush=True)

@@ -95,7 +95,14 @@ def parse(argv: list[str] | None, about: str | None) -> argparse.Namespace:
   add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the frozen model")
   add("--quantize", choices=("nf4", "fp4"), help="the frozen linear layers in 4 bits, any method")
   add("--scan", action="store_true", help="compile one layer instead of all")
-  add("--remat", action="store_true", help="save memory by computing activations again")
+  add(
+    "--remat",
+    nargs="?",
+    const=True,
+    default=False,
+    choices=("offload",),
+    help="save memory by computing activations again; 'offload': from what the host's memory keeps",
+  )
   add("--paged", action="store_true", help="keep the optimizer's large arrays in host memory")
   add("--best", action="store_true", help="keep the best evaluation's adapter, not the last")
   add("--mesh", help="data=2,model=4")

@@ -16,7 +16,7 @@ from pelt_jax.models._attention import Array, AttentionCore, Positions, causal_m
 from pelt_jax.models._bert import LayerNorm
 from pelt_jax.models._cache import place, remember
 from pelt_jax.models._config_seq2seq import BartConfig
-from pelt_jax.models._layers import constrain, run_layers
+from pelt_jax.models._layers import Remat, constrain, run_layers
 from pelt_jax.models._llama import activation
 from pelt_jax.models._seq2seq import Seq2Seq, keep
 
@@ -138,7 +138,7 @@ class BartStack(nn.Module):
   config: BartConfig
   dtype: Any
   scan: bool
-  remat: bool
+  remat: Remat
   decoder: bool
 
   @property
@@ -186,7 +186,7 @@ class BartModel(nn.Module):
   config: BartConfig
   dtype: Any
   scan: bool
-  remat: bool
+  remat: Remat
 
   def setup(self) -> None:
     c = self.config

@@ -14,7 +14,7 @@ from flax import linen as nn
 from pelt_jax._site import Role
 from pelt_jax.models._attention import Array, AttentionCore, Positions, padding_mask
 from pelt_jax.models._config import EncoderConfig
-from pelt_jax.models._layers import constrain, run_layers
+from pelt_jax.models._layers import Remat, constrain, run_layers
 from pelt_jax.models._llama import activation
 
 _FAMILIES = {"bert": "Bert", "roberta": "Roberta"}
@@ -183,7 +183,7 @@ class BertEncoder(nn.Module):
   config: EncoderConfig
   dtype: Any
   scan: bool
-  remat: bool
+  remat: Remat
   pooled_only: bool = False
 
   @nn.compact
@@ -218,7 +218,7 @@ class _Encoder(nn.Module):
   config: EncoderConfig
   dtype: Any = jnp.float32
   scan: bool = False
-  remat: bool = False
+  remat: Remat = False
 
   suffix = "Model"  # of Hugging Face's class name
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from pelt_jax.models import _bart, _bert, _bert_lm, _bert_tasks, _gpt2, _llama, _llama_tasks, _t5
 from pelt_jax.models._config import Config, read_config
+from pelt_jax.models._layers import Remat
 
 TASKS = ("lm", "mlm", "cloze", "classification", "tagging", "encoder", "seq2seq")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -50,7 +51,7 @@ def from_config(
   num_labels: int | None = None,
   dtype: Any = jnp.float32,
   scan: bool = False,
-  remat: bool = False,
+  remat: Remat = False,
 ) -> nn.Module:
   """Builds a model without weights; `model.init` draws random ones.
 
@@ -61,14 +62,15 @@ def from_config(
     num_labels: for classification and tagging; by default what the configuration says.
     dtype: of parameters and computation: float32, bfloat16, float16 or float64.
     scan: one compiled layer with stacked parameters instead of a loop.
-    remat: keep only the layers' inputs for the backward pass.
+    remat: keep only the layers' inputs for the backward pass, which computes the rest again;
+      "offload" keeps them in the host's memory.
 
   Returns:
     A Linen module. It is called with `(input_ids, attention_mask=None, position_ids=None, ...,
     deterministic=True)` and has `config`, `dtype` and `roles`.
 
   Raises:
-    ValueError: an unknown task or dtype, or one that the family or the session cannot serve.
+    ValueError: an unknown task, dtype or remat, or one that the family or the session cannot serve.
 
   >>> raw = {
   ...   "model_type": "llama",
@@ -90,6 +92,8 @@ def from_config(
     raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name}")
   if jax.dtypes.canonicalize_dtype(name) != name:
     raise ValueError("dtype float64 needs 64-bit JAX: jax.config.update('jax_enable_x64', True)")
+  if remat not in (False, True, "offload"):
+    raise ValueError(f"remat must be False, True or 'offload', got {remat!r}")
   classes = _CLASSES.get(config.model_type, _LLAMA)
   if task not in classes:
     known = f"for {config.model_type}: {', '.join(classes)}" if task in TASKS else ", ".join(TASKS)

@@ -16,7 +16,7 @@ from pelt_jax.models._attention import Array, AttentionCore, Positions, causal_m
 from pelt_jax.models._bert import LayerNorm
 from pelt_jax.models._cache import last_token, place, position, remember
 from pelt_jax.models._config_gpt2 import GPT2Config
-from pelt_jax.models._layers import constrain, run_layers
+from pelt_jax.models._layers import Remat, constrain, run_layers
 from pelt_jax.models._llama import activation
 from pelt_jax.models._loss import chunked_losses
 
@@ -124,7 +124,7 @@ class _GPT2(nn.Module):
   config: GPT2Config
   dtype: Any = jnp.float32
   scan: bool = False
-  remat: bool = False
+  remat: Remat = False
 
   prefix = "transformer"  # of the trunk's modules
   conv1d = ("c_attn", "c_proj", "c_fc")  # torch's Conv1D keeps (in, out)

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from pelt_jax._shardings import BATCH_AXES
 from pelt_jax.models._attention import Array
+
+Remat = bool | str  # "offload" is the one word
 
 # Boxes of sharding names look for this key when an axis comes or goes; the layer axis has none.
 _AXIS: dict[Any, Any] = {nn.PARTITION_NAME: None}
@@ -41,7 +44,7 @@ def run_layers(
   name: str,
   flags: Sequence[Any],
   scan: bool,
-  remat: bool,
+  remat: Remat,
 ) -> Array:
   """Runs `x = step(layer, x, flag)` over a stack of equal layers, inside a compact method.
 
@@ -55,20 +58,20 @@ def run_layers(
     flags: one static value per layer. A scan has one body, so there they become an array unless
       they are all equal.
     scan: one compiled body instead of `len(flags)`.
-    remat: keep only each layer's input for the backward pass.
+    remat: keep only each layer's input for the backward pass; "offload" keeps it on the host.
 
   Returns:
     The residual stream after the last layer.
   """
   if not scan:
-    return _Loop(make, _remat(step) if remat else step, tuple(flags), name=name)(x)
+    return _Loop(make, _closed(step, remat) if remat else step, tuple(flags), name=name)(x)
   same = len(set(flags)) == 1
 
   def body(layer: nn.Module, x: Array, flag: Any) -> tuple[Array, None]:
     return step(layer, x, flags[0] if same else flag), None
 
   if remat:  # a scan's body is compiled once, so nothing can be merged across it
-    body = nn.remat(body, prevent_cse=False)
+    body = _remat(body, remat, prevent_cse=False)
   lifted = nn.scan(
     body,
     variable_axes={"params": 0, "cache": 0, "intermediates": 0},
@@ -80,9 +83,26 @@ def run_layers(
   return x
 
 
-def _remat(step: Callable[[Any, Array, Any], Array]) -> Callable[[Any, Array, Any], Array]:
+def _closed(step: Callable[[Any, Array, Any], Array], remat: Remat) -> Callable:
   # The flag is static, hence closed over: nn.remat would trace it.
-  return lambda layer, x, flag: nn.remat(lambda layer, x: step(layer, x, flag))(layer, x)
+  def run(layer: Any, x: Array, flag: Any) -> Array:
+    return _remat(lambda layer, x, _: step(layer, x, flag), remat)(layer, x, None)
+
+  return run
+
+
+def _remat(body: Callable, remat: Remat, **options: Any) -> Callable:
+  """A layer of which the backward pass has the input alone, on the device or on the host."""
+  if remat != "offload":
+    return nn.remat(body, **options)
+  policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=["residual"],
+    offload_src="device",
+    offload_dst="pinned_host",
+  )
+  named = lambda layer, x, flag: body(layer, checkpoint_name(x, "residual"), flag)
+  return nn.remat(named, policy=policy, **options)
 
 
 def constrain(x: Array) -> Array:

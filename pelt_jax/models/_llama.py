@@ -24,7 +24,7 @@ from pelt_jax.models._attention import (
 )
 from pelt_jax.models._cache import place, remember
 from pelt_jax.models._config import DecoderConfig
-from pelt_jax.models._layers import constrain, run_layers
+from pelt_jax.models._layers import Remat, constrain, run_layers
 
 ACTIVATIONS = {
   "silu": jax.nn.silu,
@@ -167,7 +167,7 @@ class _Decoder(nn.Module):
   config: DecoderConfig
   dtype: Any = jnp.float32
   scan: bool = False
-  remat: bool = False
+  remat: Remat = False
 
   prefix = "model"  # of the trunk's modules
   suffix = "Model"  # of Hugging Face's class name

@@ -24,7 +24,7 @@ from pelt_jax.models import _bert
 from pelt_jax.models._config import Config, read_config
 from pelt_jax.models._config_seq2seq import T5Config
 from pelt_jax.models._families import from_config
-from pelt_jax.models._layers import stack_layers, stacks, to_looped
+from pelt_jax.models._layers import Remat, stack_layers, stacks, to_looped
 from pelt_jax.models._names import (
   COPIES,
   FRESH,
@@ -73,7 +73,7 @@ def from_pretrained(
   num_labels: int | None = None,
   dtype: Any = jnp.float32,
   scan: bool = False,
-  remat: bool = False,
+  remat: Remat = False,
   transform: Any = None,
   shardings: Callable[[nn.Module, Any], Any] | None = None,
   key: jax.Array | None = None,
@@ -88,7 +88,8 @@ def from_pretrained(
     num_labels: for classification and tagging; by default what config.json says.
     dtype: of parameters and computation. The checkpoint is converted to it.
     scan: stack the layers' parameters and compile one layer.
-    remat: keep only the layers' inputs for the backward pass.
+    remat: keep only the layers' inputs for the backward pass, which computes the rest again;
+      "offload" keeps them in the host's memory.
     transform: a `Transform` applied to one real tensor at a time, so that a quantized load never
       holds the model twice. Not for a checkpoint that bitsandbytes quantized to 4 bits, whose
       linear layers come as `pelt.quantization.NF4Weight`: apply it to what was loaded.

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from pelt_jax.models._attention import Array
 from pelt_jax.models._cache import need_mutable
+from pelt_jax.models._layers import Remat
 from pelt_jax.models._loss import IGNORED, chunked_losses
 
 
@@ -43,7 +44,7 @@ class Seq2Seq(nn.Module):
   config: Any
   dtype: Any = jnp.float32
   scan: bool = False
-  remat: bool = False
+  remat: Remat = False
   loss_chunk: int = 1024
 
   def __call__(

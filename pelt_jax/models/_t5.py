@@ -20,7 +20,7 @@ from pelt_jax._site import Role
 from pelt_jax.models._attention import Array, AttentionCore, causal_mask, padding_mask
 from pelt_jax.models._cache import place, remember
 from pelt_jax.models._config_seq2seq import T5Config
-from pelt_jax.models._layers import constrain, run_layers
+from pelt_jax.models._layers import Remat, constrain, run_layers
 from pelt_jax.models._llama import RMSNorm, activation
 from pelt_jax.models._seq2seq import Seq2Seq, keep
 
@@ -209,7 +209,7 @@ class T5Stack(nn.Module):
   config: T5Config
   dtype: Any
   scan: bool
-  remat: bool
+  remat: Remat
   decoder: bool
 
   @property

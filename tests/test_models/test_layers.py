@@ -27,6 +27,8 @@ def test_scanned_equals_looped(name):
     pytest.param(dict(scan=True), marks=pytest.mark.parity),
     pytest.param(dict(remat=True), marks=pytest.mark.parity),
     dict(scan=True, remat=True),
+    pytest.param(dict(remat="offload"), marks=pytest.mark.parity),
+    dict(scan=True, remat="offload"),
   ],
 )
 def test_gradients_agree_under_scan_and_remat(options):
@@ -42,6 +44,24 @@ def test_gradients_agree_under_scan_and_remat(options):
   scan = options.get("scan", False)
   got = gradient(other, models.to_scanned(params) if scan else params)
   trees_close(models.to_looped(got, other) if scan else got, gradient(model, params), 1e-5)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_the_host_keeps_the_layers_inputs_and_nothing_else_is_kept(scan):
+  model, params = built("qwen2-mixed", "tagging", scan=scan)
+  layers, ids = model.config.num_hidden_layers, tokens(2, 9)
+
+  def kept(remat):
+    loss = lambda p: jnp.sum(model.clone(remat=remat).apply({"params": p}, ids) ** 2)
+    _, back = jax.vjp(loss, params)
+    moved = [x for x in jax.tree.leaves(back) if x.sharding.memory_kind == "pinned_host"]
+    stays = [x for x in jax.tree.leaves(back) if x.sharding.memory_kind != "pinned_host"]
+    return moved, sum(x.nbytes for x in stays)
+
+  size = 4 * 2 * 9 * model.config.hidden_size
+  (none, device), (moved, less) = kept(True), kept("offload")
+  assert not none and sum(x.nbytes for x in moved) == layers * size
+  assert device - less == layers * size
 
 
 @pytest.mark.parametrize(("name", "task"), [("llama", "lm"), ("bert", "classification")])

@@ -183,6 +183,7 @@ def test_float64_without_64_bit_jax_is_refused():
       "'translation' is not one of those known lm, mlm, cloze, classification",
     ),
     (dict(dtype=jnp.int8), "float32, bfloat16, float16, float64, got int8"),
+    (dict(remat="host"), "remat must be False, True or 'offload', got 'host'"),
     (dict(num_labels=3), "num_labels is for classification and tagging, the task is 'lm'"),
   ],
 )
