@@ -6,7 +6,8 @@ A tiny Llama, 20 steps of Adam, for every method and mesh, its layers looped and
 compiled step it reads what moves between devices (bytes of results, on one device, per step) and
 looks among it for gradients of frozen matrices and for weights that 4-bit codes stand for. The bank
 trains at a lower rate than the rest: of eight rows each member has two or three, and at 5e-3 its
-losses are so unsteady that rounding grows hundredfold within 20 steps.
+losses are so unsteady that rounding grows hundredfold within 20 steps (in float64 they differ by
+4e-15 as they should).
 
 For LoRA and QLoRA the traffic is held against what it should be, `base + added`:
 
@@ -54,7 +55,7 @@ from pelt_jax import models, training
 from pelt_jax._walk import every_node
 
 BATCH, LENGTH, STEPS, LAYERS = 8, 11, 20, 2
-RATE, RATES = 5e-3, {"bank": 2e-3}
+RATE, RATES = 5e-3, {"bank": 1e-3}
 # No shape or size of a frozen matrix, or of its shard, is one of an activation (whose tokens are
 # 11 to a row) or of what a method adds.
 SIZES = dict(
