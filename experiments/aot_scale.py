@@ -1,4 +1,4 @@
-"""What a training step takes on 1 to 64 TPU chips that need not be there.
+"""What a training step takes on 1 to 256 TPU chips that need not be there.
 
     python experiments/aot_scale.py [--models llama-7b ...] [--targets v5e ...] [--chips 1 4 ...]
 
@@ -158,7 +158,7 @@ def fits(row: dict) -> bool:
 
 
 def traffic(row: dict) -> dict[str, float]:
-  """GB that a chip receives in a step, by what they are."""
+  """GB of the results of a chip's collectives in a step, by what they are."""
   found = {"weights": 0.0, "sums": 0.0, "all-to-all": 0.0}
   for name, size in row["moved"].items():
     operation = name.split()[0]
@@ -173,7 +173,7 @@ def markdown(results: dict) -> str:
   even, form = furthest(even_of(r, rows) for r in rows), furthest(form_of(r) for r in rows)
   counted = furthest(r["once"]["here"] / r["once"]["cost_analysis"] for r in rows)
   lines = [
-    "# A training step on 1 to 64 TPU chips, compiled ahead of time\n",
+    "# A training step on 1 to 256 TPU chips, compiled ahead of time\n",
     f"Made by `experiments/aot_scale.py`; {ROWS} rows of {LENGTH} tokens in every step, LoRA of",
     f"rank {RANK} in float32 on all linear layers, AdamW, bfloat16 activations, layers scanned and",
     "rematerialized. GB are 1e9 bytes, TFLOP 1e12, each of one chip and one step. FLOPs are the",
@@ -183,6 +183,8 @@ def markdown(results: dict) -> str:
     "- *form*: products times chips, over the closed form (`closed_form`).",
     "- *moved*: results of collectives: weights brought together (all-gather, collective-permute,",
     "  and all-reduce of shards that lie among zeros), sums (all other all-reduces), all-to-all.",
+    "- Gradients are summed once per part, in bfloat16 as activations are. Beside bringing the base",
+    "  together twice a part, LoRA on bfloat16 has three square kernels of each layer a third time (7B).",
     "- Where the compiler refuses a step, memory is the least it asked for, and FLOPs those of 2",
     "  and 4 layers, in which they are linear.",
     "- XLA searched little for a fast schedule (effort -1) but where the table says otherwise.\n",
