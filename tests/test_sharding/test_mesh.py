@@ -13,9 +13,9 @@ WORKER = "from tests.test_sharding import worker as w\n"
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("mesh", ["data=2,model=4", "fsdp=8"])
-def test_scanned_and_rematerialized(mesh):
-  on_devices(f"{WORKER}w.check_trees(*w.check_training({mesh!r}, scan=True, remat=True))")
+@pytest.mark.parametrize(("mesh", "remat"), [("data=2,model=4", True), ("fsdp=8", "offload")])
+def test_scanned_and_rematerialized(mesh, remat):
+  on_devices(f"{WORKER}w.check_trees(*w.check_training({mesh!r}, scan=True, remat={remat!r}))")
 
 
 @pytest.mark.parity  # the same again, on the other form of the model

@@ -30,7 +30,7 @@ def check_training(text, scan, remat):
   built = sharded.build(sharded.methods(scan)["lora"], scan, remat)
   mesh = training.make_mesh(text)
   wanted, run = sharded.train(built).losses, sharded.train(built, mesh)
-  print(text, "scan" * scan, "remat" * remat, "loss", wanted[0], "->", wanted[-1])
+  print(text, f"scan={scan}", f"remat={remat}", "loss", wanted[0], "->", wanted[-1])
   print("largest difference", np.abs(run.losses - wanted).max())
   assert wanted[-1] < 0.85 * wanted[0]
   # float32 sums over other partial sums; 20 steps of Adam grow them to some 1e-6.
