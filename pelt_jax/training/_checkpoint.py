@@ -4,7 +4,8 @@ Orbax keeps arrays only: node types, static fields and names are in the JSON, an
 before any array is read, so that a checkpoint never lands in a run of another method. Both parts
 appear by one rename; whatever interrupts a save leaves the checkpoint before it as it was.
 
-Arrays are copied to the host when a save begins and written while training goes on. Each process
+The JSON has a sum over the bits of every array, the same on any mesh, and what is restored must have
+it. Arrays are copied to the host when a save begins and written while training goes on. Each process
 writes and reads the shards that it holds, so the folder lies where all processes reach it.
 """
 
@@ -24,6 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from pelt_jax._node import Node
+from pelt_jax._save import fingerprint
 
 _SLACK = 1 << 16  # bytes that the metadata of a checkpoint takes, at least
 
@@ -42,6 +44,9 @@ class Checkpoints:
     options: What a resumed run must agree on, as JSON (method, batch size, seed, …).
     keep: How many checkpoints to keep.
 
+  Raises:
+    NotADirectoryError: `folder` is a file.
+
   Example:
     >>> import tempfile, jax.numpy as jnp
     >>> checkpoints = Checkpoints(tempfile.mkdtemp())
@@ -54,6 +59,8 @@ class Checkpoints:
 
   def __init__(self, folder: str | os.PathLike, options: dict | None = None, keep: int = 2):
     self._folder = pathlib.Path(folder).absolute()
+    if self._folder.exists() and not self._folder.is_dir():
+      raise NotADirectoryError(f"folder={str(folder)!r} is a file: name a folder, or a new one")
     self._options = json.loads(json.dumps(options or {}))  # as it comes back: tuples are lists
     self._writing: int | None = None
     self._manager = ocp.CheckpointManager(
@@ -83,6 +90,7 @@ class Checkpoints:
     sidecar = {"options": self._options, "structure": structure(tree), "meta": meta}
     arrays = {_name(i): _plain(x) for i, x in enumerate(jax.tree.leaves(tree))}
     self._check_space(step, sum(x.nbytes for x in arrays.values()))
+    sidecar["sums"] = _sums(arrays)
     self._writing = step
     with self._named(step):
       self._manager.save(
@@ -156,17 +164,23 @@ class Checkpoints:
     step = self.latest() if step is None else step
     if step is None:
       raise FileNotFoundError(f"{self._folder}: there is no checkpoint to resume from")
+    if step not in (there := sorted(self._manager.all_steps())):
+      raise FileNotFoundError(
+        f"{self._folder}: there is no checkpoint of step {step}, but of {there}"
+      )
     with self._readable(step):
       sidecar = self._manager.restore(
         step, args=ocp.args.Composite(sidecar=ocp.args.JsonRestore())
       )["sidecar"]
-    _compare(self._folder / str(step), sidecar, self._options, structure(like))
+    now = structure(like)
+    _compare(self._folder / str(step), sidecar, self._options, now)
     leaves, treedef = jax.tree.flatten(like)
     targets = {_name(i): _target(x) for i, x in enumerate(leaves)}
     with self._readable(step):
       arrays = self._manager.restore(
         step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
       )["arrays"]
+      _check_sums(sidecar.get("sums"), arrays, list(now["arrays"]))
     restored = [_like(arrays[_name(i)], x) for i, x in enumerate(leaves)]
     return step, jax.tree.unflatten(treedef, restored), sidecar["meta"]
 
@@ -255,6 +269,24 @@ def _plain(x: Any) -> Any:
   # What each of several processes has for itself is the same in all, and no array of all of them.
   shared = isinstance(x, jax.Array) and not (jax.process_count() > 1 and x.is_fully_addressable)
   return x if shared else np.asarray(x)
+
+
+def _sums(arrays: dict[str, Any]) -> dict[str, int]:
+  def on_device(x: Any) -> Any:
+    if isinstance(x, jax.Array) and x.sharding.memory_kind == "pinned_host":
+      return jax.device_put(x, x.sharding.with_memory_kind("device"))
+    return x
+
+  sums = {name: fingerprint(on_device(x)) for name, x in arrays.items()}
+  return {name: int(x) for name, x in jax.device_get(sums).items()}
+
+
+def _check_sums(saved: dict[str, int] | None, arrays: dict[str, Any], paths: list[str]) -> None:
+  if saved is None:  # an older checkpoint
+    return
+  for path, (name, found) in zip(paths, sorted(_sums(arrays).items()), strict=True):
+    if saved[name] != found:
+      raise ValueError(f"the bits of {path} are not those that were saved")
 
 
 def _target(x: Any) -> Any:

@@ -75,6 +75,15 @@ def test_nothing_to_resume(tmp_path):
     training.Checkpoints(tmp_path).restore({"w": jnp.zeros(2)})
 
 
+def test_a_step_that_is_not_there_and_a_folder_that_is_none(tmp_path):
+  checkpoints = saved(tmp_path / "there", 2, {"w": jnp.zeros(2)}, {})
+  with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7, but of \[2\]"):
+    checkpoints.restore({"w": jnp.zeros(2)}, step=7)
+  (tmp_path / "file").write_text("")
+  with pytest.raises(NotADirectoryError, match="folder=.*file' is a file"):
+    training.Checkpoints(tmp_path / "file")
+
+
 def changed_static(tree):
   node = tree["trainable"]["layer/0"]["kernel"]
   tree["trainable"]["layer/0"]["kernel"] = node.replace(group="other")
@@ -309,3 +318,18 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(tmp_path):
       training.Checkpoints(tmp_path).restore(like)
   shutil.rmtree(tmp_path / "2")
   assert training.Checkpoints(tmp_path).restore(like)[0] == 1
+
+
+def test_a_flipped_bit_is_told(tmp_path):
+  """Orbax restores it as if nothing were; the sums of bits that were saved know better."""
+  tree = a_tree() | {"w": jax.random.normal(jax.random.key(0), (64, 64))}
+  saved(tmp_path, 1, tree, {})
+  arrays = [p for p in (tmp_path / "1" / "arrays").rglob("*") if p.is_file()]
+  payload = max(arrays, key=lambda p: p.stat().st_size)
+  content = payload.read_bytes()
+  assert len(content) > 64 * 64 * 3  # floats at random, hardly compressed
+  payload.write_bytes(content[:8000] + bytes([content[8000] ^ 4]) + content[8001:])
+  with pytest.raises(OSError, match=r"damaged \(the bits of \['w'\] are not those .* start anew"):
+    training.Checkpoints(tmp_path).restore(tree)
+  payload.write_bytes(content)
+  assert training.Checkpoints(tmp_path).restore(tree)[0] == 1
