@@ -28,6 +28,7 @@ from options import (
   WRITE,
   build_method,
   check_arguments,
+  check_mesh,
   parse,
   quantizing,
   ratio_of,
@@ -51,24 +52,22 @@ OUTPUTS = ("adapter", "checkpoints", "report.json", "report.md", "loss.png", "ra
 def main(argv: list[str] | None = None) -> dict:
   started = time.perf_counter()
   args = parse(argv, __doc__)
-  if args.distributed:
-    if not args.mesh:
-      raise ValueError("--distributed needs --mesh, which says what the processes share")
-    training.initialize_distributed()
-  chief = jax.process_index() == 0
   demo = args.model == "demo"
   check_arguments(args, demo)
+  if args.distributed:
+    training.initialize_distributed()
+  chief = jax.process_index() == 0
   method = build_method(args)  # first: a wrong option should not cost a minute of loading
   quantizer = quantizing(args, method)
   template, asks = args.template, args.verbalizer is not None
-  mesh = training.make_mesh(args.mesh) if args.mesh else None
-  if args.moments and mesh is None:
-    raise ValueError("--moments needs --mesh, which has the axes that it names")
-  if args.distributed and mesh.size != jax.device_count():
+  mesh, devices = check_mesh(args), jax.device_count()
+  if args.distributed and mesh.size != devices:
     raise ValueError(
-      f"--mesh {args.mesh}: expected all {jax.device_count()} devices of {jax.process_count()} "
-      "processes to be in it"
+      f"--mesh {args.mesh}: expected all {devices} devices of {jax.process_count()} processes to "
+      "be in it"
     )
+  if mesh is not None and mesh.size < devices and not args.quiet:
+    print(f"--mesh {args.mesh} uses {mesh.size} of {devices} devices", flush=True)
   out = pathlib.Path(args.out)
   prepare(out, args)
 
@@ -422,6 +421,7 @@ def continuation(apply, params, tokenizer, virtual) -> str:
 
 def fail(message: str) -> None:
   """Ends the process; one of several at once, or it would wait for those that are gone."""
+  message = message.replace("; lower rank", "; lower rank (--set rank=N)")
   if jax.distributed.is_initialized():
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(1)

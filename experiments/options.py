@@ -5,12 +5,14 @@ import ast
 import collections.abc
 import inspect
 import json
+import math
 import pathlib
 import types
 import typing
 
 import pelt_jax as pelt
 from pelt_jax import training
+from pelt_jax._shardings import BATCH_AXES, Mesh
 
 # Peak learning rates. PEFT methods start from zero change and need larger ones than full training.
 RATES = {
@@ -154,6 +156,9 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
     args.out = "runs/demo"
   if args.resume and args.overwrite:
     raise ValueError("--resume and --overwrite exclude each other")
+  for name in ("distributed", "moments"):
+    if getattr(args, name) and not args.mesh:
+      raise ValueError(f"--{name} needs --mesh, such as --mesh data=2,fsdp=4")
   if args.steps and args.epochs:
     raise ValueError("--steps and --epochs exclude each other")
   if args.beams != 1 and not args.write:
@@ -191,6 +196,29 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
     args.lr = RATES.get(args.method, OTHER_RATES)[args.task] / (ratio_of(args) or 1) ** 0.5
   if args.batch % args.accumulate:
     raise ValueError(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
+
+
+def check_mesh(args: argparse.Namespace) -> Mesh | None:
+  """The mesh of args.mesh; raises for a batch and moments that it cannot share out."""
+  if not args.mesh:
+    return None
+  try:
+    mesh = training.make_mesh(args.mesh)
+  except ValueError as error:
+    raise ValueError(f"--{error}") from error  # "mesh 'data=8' needs 8 devices"
+  if unknown := [name for name in args.moments if name not in mesh.shape]:
+    raise ValueError(
+      f"--moments {','.join(args.moments)}: --mesh {args.mesh} has no {', '.join(unknown)}; take "
+      f"some of {','.join(mesh.shape)}"
+    )
+  sharing = math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
+  if args.batch // args.accumulate % sharing:
+    parts = f" in --accumulate {args.accumulate} parts" if args.accumulate > 1 else ""
+    raise ValueError(
+      f"--batch {args.batch}{parts} does not divide over the {sharing} devices that share rows in "
+      f"--mesh {args.mesh}: take a multiple of {args.accumulate * sharing}"
+    )
+  return mesh
 
 
 def check_template(args: argparse.Namespace) -> None:

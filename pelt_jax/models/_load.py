@@ -39,6 +39,7 @@ from pelt_jax.models._safetensors import Entry, read_header
 from pelt_jax.models._shards import (
   Index,
   Read,
+  check_function,
   checked,
   insert,
   looped_paths,
@@ -105,12 +106,15 @@ def from_pretrained(
 
   Raises:
     FileNotFoundError: no folder and no hub id, or no safetensors in it.
+    TypeError: `shardings` is no function of a model and shapes.
     ValueError: a truncated file; missing, unexpected or wrongly shaped tensors, each named with
       the shape expected; an unsupported configuration.
 
       model, params = from_pretrained("MiniLM/", task="classification", num_labels=6)
       logits = model.apply({"params": params}, input_ids, attention_mask)
   """
+  if shardings is not None:
+    check_function(shardings)
   folder = _folder(source)
   config = read_config(_read_json(folder / "config.json"), source=str(folder))
   entries = _entries(folder)

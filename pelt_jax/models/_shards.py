@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,17 @@ def put(params: Any, model: nn.Module, shardings: Callable[[nn.Module, Any], Any
   """Parameters that every process has whole, on their devices."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
   return jax.device_put(params, shardings(model, shapes))
+
+
+def check_function(shardings: Any) -> None:
+  """Raises TypeError unless that can be called as `shardings(model, shapes)`."""
+  try:
+    inspect.signature(shardings).bind(None, None)
+  except TypeError as error:
+    raise TypeError(
+      f"shardings={shardings!r}: expected a function of (model, shapes) that gives a tree of "
+      "jax.sharding.Shardings, such as training.model_shardings(mesh)"
+    ) from error
 
 
 def checked(shapes: Any, given: Any) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
-_NUMBERS = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_ADDRESS = "JAX_COORDINATOR_ADDRESS"
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def initialize_distributed(environment: Mapping[str, str] = os.environ) -> None:
@@ -20,16 +19,21 @@ def initialize_distributed(environment: Mapping[str, str] = os.environ) -> None:
     environment: Where these variables are.
 
   Raises:
-    ValueError: Some of them are set and others are not, or they are no numbers.
+    ValueError: Some of them are set and others are not, or they are no numbers; or none is, and JAX
+      finds no others.
   """
-  given = [environment.get(name, "") for name in _NUMBERS]
-  if not any(given):
-    jax.distributed.initialize()
+  found = {name: environment.get(name, "") for name in _VARIABLES}
+  address, *numbers = found.values()
+  wanted = (
+    f"{found}: expected host:port of process 0, how many there are, and which this is, from 0"
+  )
+  if not any(numbers):
+    try:
+      jax.distributed.initialize()
+    except ValueError as error:
+      raise ValueError(f"{wanted}, as JAX finds no others by itself ({error})") from error
     return
-  address = environment.get(_ADDRESS, "")
-  if not (address and all(text.isdigit() for text in given)) or int(given[1]) >= int(given[0]):
-    found = dict(zip((_ADDRESS, *_NUMBERS), (address, *given), strict=True))
-    raise ValueError(
-      f"{found}: expected host:port of process 0, how many there are, and which this is, from 0"
-    )
-  jax.distributed.initialize(address, int(given[0]), int(given[1]))
+  count, mine = numbers
+  if not (address and count.isdigit() and mine.isdigit()) or int(mine) >= int(count):
+    raise ValueError(wanted)
+  jax.distributed.initialize(address, int(count), int(mine))

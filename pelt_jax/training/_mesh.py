@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pelt_jax._linen_sites import sites
-from pelt_jax._shardings import BATCH_AXES, Mesh, shardings
+from pelt_jax._shardings import BATCH_AXES, Mesh, axes_of, entry_of, shardings
 from pelt_jax._site import Site
 from pelt_jax._walk import update_at, walk
 from pelt_jax.training._step import TrainStep
@@ -42,7 +42,10 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
     sizes[name] = int(size)
   needed, found = math.prod(sizes.values()), jax.device_count()
   if needed > found:
-    raise ValueError(f"mesh {text!r} needs {needed} devices, {found} found")
+    raise ValueError(
+      f"mesh {text!r} needs {needed} devices, {found} found. Take smaller sizes; a CPU has "
+      f"more with XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+    )
   auto = (jax.sharding.AxisType.Auto,) * len(sizes)
   devices = jax.devices()[:needed]
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
@@ -112,17 +115,24 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
   """A batch whose rows are split over the mesh's batch axes.
 
   Raises:
-    ValueError: The rows do not divide.
+    ValueError: The fields differ in their rows, or these do not divide.
   """
+  arrays = {name: np.asarray(value) for name, value in batch.items()}
+  shapes = {name: value.shape for name, value in arrays.items()}
+  counts = {shape[:1] for shape in shapes.values()}
+  if len(counts) != 1 or () in counts:
+    raise ValueError(f"batch: expected fields with the same number of rows, got shapes {shapes}")
   axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
-  parts = math.prod(mesh.shape[name] for name in axes)
-  rows = len(batch["input_ids"])
+  parts, rows = math.prod(mesh.shape[name] for name in axes), counts.pop()[0]
   if rows % parts:
-    raise ValueError(f"batch of {rows} rows does not divide over {parts} devices ({axes})")
+    sizes = ", ".join(f"{name}={mesh.shape[name]}" for name in axes)
+    raise ValueError(
+      f"batch of {rows} rows does not divide over {parts} devices ({sizes}): take a multiple"
+    )
   sharding = jax.sharding.NamedSharding(mesh, P(axes) if axes else P())
   # Each process has the whole batch and copies the rows of its own devices.
   part = lambda value: jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
-  return {name: part(np.asarray(value)) for name, value in batch.items()}
+  return {name: part(value) for name, value in arrays.items()}
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -131,7 +141,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def state_shardings(
-  trainable: Any, state: Any, mesh: Mesh, *, moments: Sequence[str] = ()
+  trainable: Any, state: Any, mesh: Mesh, *, moments: str | Sequence[str] = ()
 ) -> tuple[Any, Any]:
   """Where a step's results lie: what `jax.jit(step, out_shardings=...)` takes, without the metrics.
 
@@ -163,7 +173,7 @@ def state_shardings(
     >>> [tuple(s.spec) for s in (at["w"], below[0].mu["w"], below[0].count)]
     [(), ('data', None), ()]
   """
-  _check_axes(mesh, moments)
+  moments = _checked(mesh, moments)
   known = {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
   whole = jax.sharding.NamedSharding(mesh, P())
 
@@ -171,13 +181,13 @@ def state_shardings(
     like, at = _longest(known, _path(path)), getattr(x, "sharding", None)
     made = whole
     if like is not None and like.shape == x.shape:
-      made = _split(like.sharding, x.shape, mesh, tuple(moments))
+      made = _split(like.sharding, x.shape, mesh, moments)
     return made if at is None else made.with_memory_kind(at.memory_kind)
 
   return jax.tree.map(lambda x: x.sharding, trainable), jax.tree_util.tree_map_with_path(of, state)
 
 
-def on_mesh(train: TrainStep, mesh: Mesh, *, moments: Sequence[str] = ()) -> TrainStep:
+def on_mesh(train: TrainStep, mesh: Mesh, *, moments: str | Sequence[str] = ()) -> TrainStep:
   """A train step for params on a mesh: its `init` puts the state there too.
 
   `fit` gives results the shardings of what they replace; in a loop of your own do so by
@@ -191,7 +201,7 @@ def on_mesh(train: TrainStep, mesh: Mesh, *, moments: Sequence[str] = ()) -> Tra
   Raises:
     ValueError: The mesh has no such axis.
   """
-  _check_axes(mesh, moments)
+  moments = _checked(mesh, moments)
 
   def init(params: Any) -> tuple[Any, Any, Any]:
     trainable, frozen, state = train.init(params)
@@ -201,11 +211,13 @@ def on_mesh(train: TrainStep, mesh: Mesh, *, moments: Sequence[str] = ()) -> Tra
   return TrainStep(init, train.step)
 
 
-def _check_axes(mesh: Mesh, moments: Sequence[str]) -> None:
+def _checked(mesh: Mesh, moments: str | Sequence[str]) -> tuple[str, ...]:
+  moments = axes_of(moments)
   if unknown := [name for name in moments if name not in mesh.shape]:
     raise ValueError(
-      f"moments={tuple(moments)}: the mesh has axes {tuple(mesh.axis_names)}, not {unknown}"
+      f"moments={moments}: the mesh has axes {tuple(mesh.axis_names)}, not {unknown}"
     )
+  return moments
 
 
 def _path(keys: Any) -> str:
@@ -225,7 +237,7 @@ def _split(
   sharding: jax.sharding.NamedSharding, shape: tuple[int, ...], mesh: Mesh, names: tuple[str, ...]
 ) -> jax.sharding.NamedSharding:
   """The sharding with the longest axis that divides split along `names` too, if one does."""
-  axes = [a if isinstance(a, tuple) else (a,) if a else () for a in sharding.spec]
+  axes = [axes_of(entry) for entry in sharding.spec]
   axes += [()] * (len(shape) - len(axes))
   more = tuple(n for n in names if not any(n in axis for axis in axes))
   parts = lambda axis: math.prod(mesh.shape[n] for n in axis)
@@ -234,5 +246,4 @@ def _split(
     return sharding
   longest = max(fits, key=lambda i: shape[i])
   axes[longest] = (*axes[longest], *more)
-  spec = P(*(axis if len(axis) > 1 else axis[0] if axis else None for axis in axes))
-  return jax.sharding.NamedSharding(mesh, spec)
+  return jax.sharding.NamedSharding(mesh, P(*map(entry_of, axes)))

@@ -28,6 +28,11 @@ HloModule jit_step, is_scheduled=true
   ROOT %all-gather.2 = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=1, chain_id="0"
 }
 
+%aside (r: f32[8,4]) -> f32[8,4] {
+  %r = f32[8,4]{1,0:T(8,128)} parameter(0)
+  ROOT %all-to-all.1 = f32[8,4]{1,0:T(8,128)} all-to-all(%r), channel_id=6, dimensions={0}
+}
+
 %body (c: (s32[], bf16[2,8])) -> (s32[], bf16[2,8]) {
   %c = (s32[]{:T(128)}, bf16[2,8]{1,0:T(8,128)(2,1)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%c), index=0
@@ -63,6 +68,9 @@ ENTRY %main (a: bf16[2,8], s: f32[8,4]) -> (f32[2,4], bf16[2,8]) {
   %dynamic-update-slice.7 = u32[8,8]{1,0} dynamic-update-slice(%zeros, %mine, %zero, %zero)
   %same = u32[8,8]{1,0} bitcast(%dynamic-update-slice.7)
   %codes = u32[8,8]{1,0} all-reduce(%same), channel_id=5, to_apply=%add
+  %as = ((f32[8,4]{1,0}), f32[8,4]{1,0}, u32[]) async-start(%s), calls=%aside
+  %au = ((f32[8,4]{1,0}), f32[8,4]{1,0}, u32[]) async-update(%as), calls=%aside
+  %ad = f32[8,4]{1,0} async-done(%au), calls=%aside
   %part = f32[2,4]{1,0} reduce-scatter(%s), channel_id=4, dimensions={0}, to_apply=%add
   ROOT %result = (f32[2,4]{1,0}, bf16[2,8]{1,0}) tuple(%part, %sent)
 }
@@ -82,11 +90,15 @@ def test_what_a_loop_moves_counts_as_often_as_it_runs_and_halves_count_once(load
     move("all-gather", "bf16", (4, 8), 5),
     move("all-reduce", "f32", (2, 4), 5),
     move("all-reduce", "u32", (8, 8), 1, True),  # a shard among zeros
+    move("all-to-all", "f32", (8, 4), 1),  # named by its start, its update and its done
     move("collective-permute", "bf16", (2, 8), 1),
     move("reduce-scatter", "f32", (2, 4), 1),
   ]
-  sizes = {"all-gather": 5 * 64, "all-reduce": 5 * 32 + 256, "collective-permute": 32}
-  assert module.traffic(module.collectives(PROGRAM)) == sizes | {"reduce-scatter": 32}
+  sizes = {"all-gather": 5 * 64, "all-reduce": 5 * 32 + 256, "all-to-all": 128}
+  assert module.traffic(module.collectives(PROGRAM)) == sizes | {
+    "collective-permute": 32,
+    "reduce-scatter": 32,
+  }
 
 
 def test_flops_of_a_loop(load):

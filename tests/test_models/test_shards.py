@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pelt_jax import models
+from pelt_jax import models, training
 from pelt_jax.models._safetensors import read_header, write
+from pelt_jax.models._shards import check_function
 from tests.support import on_devices
 from tests.test_training import tiny
 
@@ -124,6 +125,17 @@ def test_a_leaf_without_a_sharding_is_named(tmp_path):
   tiny.save_llama(tmp_path)
   with pytest.raises(ValueError, match=r"shardings gave None for .*, expected a jax.sharding"):
     models.from_pretrained(tmp_path, shardings=lambda model, shapes: {})
+
+
+def test_shardings_are_a_function_of_a_model_and_shapes():
+  message = r"expected a function .* such as training.model_shardings\(mesh\)"
+  callable_too = (jax.make_mesh((1,), ("fsdp",)), training.model_shardings)
+  for given in ({}, *callable_too):
+    with pytest.raises(TypeError, match=message):
+      check_function(given)
+  for given in callable_too:
+    with pytest.raises(TypeError, match=message):
+      models.from_pretrained("absent", shardings=given)
 
 
 def test_a_fresh_head_is_the_same_in_parts(tmp_path):

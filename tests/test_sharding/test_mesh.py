@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -58,6 +59,37 @@ def test_base_specs_follow_roles(axes):
   assert specs["model"]["embed_tokens"]["embedding"] == P(tensor, fsdp)
   assert specs["lm_head"]["kernel"] == P(None, tensor)  # whole under FSDP: used chunk by chunk
   assert specs["model"]["norm"]["scale"] == P()
+
+
+@pytest.mark.parametrize(
+  ("axes", "spec"),
+  [
+    (("data", "fsdp", "model"), P(("data", "fsdp"))),
+    (("fsdp", "model"), P(("fsdp",))),
+    (("model",), P()),
+  ],
+)
+def test_rows_lie_over_all_batch_axes(axes, spec):
+  mesh = jax.make_mesh((1,) * len(axes), axes)
+  placed = training.place_batch({"labels": np.arange(4), "mask": np.ones((4, 2))}, mesh)
+  assert {name: x.sharding.spec for name, x in placed.items()} == {"labels": spec, "mask": spec}
+  np.testing.assert_array_equal(placed["labels"], np.arange(4))
+
+
+@pytest.mark.parametrize(
+  ("batch", "message"),
+  [
+    ({"rows": 6}, r"batch of 6 rows does not divide over 4 devices \(data=2, fsdp=2\)"),
+    ({"rows": 8, "labels": np.ones(7)}, r"same number of rows, got .*'labels': \(7,\)"),
+    ({"rows": 8, "step": np.int32(3)}, r"same number of rows, got .*'step': \(\)"),
+    ({}, r"same number of rows, got shapes \{\}"),
+  ],
+)
+def test_a_batch_that_cannot_be_placed(batch, message):
+  mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "model"))
+  batch = {n: np.ones((x, 5)) if n == "rows" else x for n, x in batch.items()}
+  with pytest.raises(ValueError, match=message):
+    training.place_batch(batch, mesh)
 
 
 @pytest.mark.parity

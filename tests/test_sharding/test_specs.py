@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import pelt_jax as pelt
 from pelt_jax import models, training
@@ -210,7 +211,7 @@ def test_prompts_follow_the_features_of_their_table():
   table = "model/embed_tokens/embedding"
   assert below(found(params, sites), table) == {"base": ("model", "fsdp")}
   specs = training.base_specs(sites, MESH)
-  specs["model"]["embed_tokens"]["embedding"] = jax.sharding.PartitionSpec(None, "model")
+  specs["model"]["embed_tokens"]["embedding"] = P(None, "model")
   at = pelt.shardings(params, specs, MESH)["model"]["embed_tokens"]["embedding"]
   assert tuple(at.prompt.spec) == (None, "model")
 
@@ -219,9 +220,7 @@ def test_a_module_split_along_two_axes_tells_nothing_about_heads():
   sites, base = built()
   params = added(pelt.p_tuning_v2(4), base, sites)
   specs = training.base_specs(sites, MESH)
-  specs["model"]["layers"]["0"]["self_attn"]["o_proj"]["kernel"] = jax.sharding.PartitionSpec(
-    "data", "model"
-  )
+  specs["model"]["layers"]["0"]["self_attn"]["o_proj"]["kernel"] = P("data", "model")
   at = pelt.shardings(params, specs, MESH, fsdp=("fsdp",))
   first, second = (
     [v for p, v in walk(at) if p.startswith(f"model/layers/{i}/self_attn") and "bypass" in p]
@@ -229,3 +228,70 @@ def test_a_module_split_along_two_axes_tells_nothing_about_heads():
   )
   assert tuple(first[0].keys.spec) == (None, None, None)
   assert tuple(second[0].keys.spec) == (None, "model", None)
+
+
+@pytest.mark.parametrize(
+  ("spec", "kind"),
+  [
+    (P("embed", "mlp"), ValueError),  # logical names
+    (P("fsdp", ("data", "mlp")), ValueError),
+    (P(None, "model", None), ValueError),
+    ("model", TypeError),
+    (None, TypeError),
+    (jax.sharding.NamedSharding(MESH, P("model")), TypeError),
+  ],
+)
+@pytest.mark.parametrize("place", [pelt.shardings, pelt.gathered])
+def test_what_a_leaf_cannot_lie_by_is_named(place, spec, kind):
+  params = {"up": {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}}
+  if place is pelt.gathered:
+    params["up"]["kernel"] = pelt.nodes.Tuned(params["up"]["kernel"])
+  with pytest.raises(kind) as error:
+    place(params, {"up": {"kernel": spec}}, MESH)
+  for part in (repr(spec), "'up/kernel'", "(8, 4)", "('data', 'fsdp', 'model')"):
+    assert part in str(error.value)
+  for remedy in ("nn.logical_to_mesh(specs, rules)", "PartitionSpec()"):
+    assert remedy in str(error.value)
+
+
+def test_axes_that_do_not_divide_go_from_the_end_and_are_told(caplog):
+  at = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  lora = pelt.nodes.LoraWeight(at(8, 6), at(8, 3), at(3, 6), None, axes="io:ir,ro")
+  params = {"a": at(6, 4), "b": at(4, 4), "c": lora, "d": pelt.nodes.Tuned(at(9))}
+  specs = {
+    "a": P(("data", "fsdp", "model"), "model"),
+    "b": P(("data", "fsdp"), "model"),
+    "c": P("fsdp", "model"),
+    "d": P("data"),
+  }
+  found = pelt.shardings(params, specs, MESH)
+  assert tuple(found["a"].spec) == ("data", "model")
+  assert tuple(found["b"].spec) == (("data", "fsdp"), "model")
+  assert tuple(found["c"].base.spec) == ("fsdp", None) and tuple(found["c"].b.spec) == (None, None)
+  (told,) = (record.getMessage() for record in caplog.records)
+  assert told.partition(": ")[2] == (
+    "a: dimension 0 of 6 over fsdp=2, model=4; c: dimension 1 of 6 over model=4; "
+    "d: dimension 0 of 9 over data=2"
+  )
+
+
+def test_of_many_leaves_five_are_told(caplog):
+  leaf = jax.ShapeDtypeStruct((3,), jnp.float32)
+  for count, end in ((0, None), (5, "4: dimension 0 of 3 over data=2"), (7, "; and 2 more")):
+    caplog.clear()
+    names = [str(i) for i in range(count)]
+    specs = dict.fromkeys(names, P("data"))
+    pelt.shardings(dict.fromkeys(names, leaf), specs, MESH)
+    assert [r.getMessage().endswith(end) for r in caplog.records] == [True] * (count > 0)
+    assert not count or caplog.text.count("dimension 0") == 5
+
+
+def test_one_axis_may_be_a_string():
+  sites, base = built()
+  params = added(
+    pelt.chain(pelt.nf4(targets=TARGETS, block=32), pelt.lora(4, targets=TARGETS)), base, sites
+  )
+  specs = training.base_specs(sites, MESH)
+  for place in (pelt.shardings, pelt.gathered):
+    assert place(params, specs, MESH, fsdp="fsdp") == place(params, specs, MESH, fsdp=("fsdp",))
+  assert pelt.gathered(params, specs, MESH, fsdp="model") != pelt.gathered(params, specs, MESH)

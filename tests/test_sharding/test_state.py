@@ -92,5 +92,13 @@ def test_moments_are_split_along_the_longest_axis_that_divides():
 
 
 def test_an_axis_that_the_mesh_lacks():
-  with pytest.raises(ValueError, match=r"moments=\('dp',\): the mesh has axes"):
-    training.state_shardings({}, {}, MESH, moments=("dp",))
+  for moments in (("dp",), "dp"):  # a string is one name
+    with pytest.raises(ValueError, match=r"moments=\('dp',\): the mesh has axes"):
+      training.state_shardings({}, {}, MESH, moments=moments)
+
+
+def test_one_axis_may_be_a_string():
+  trainable = {"w": at((4, 8))}
+  state = jax.eval_shape(optax.sgd(1.0, momentum=0.9).init, trainable)
+  _, below = training.state_shardings(trainable, state, MESH, moments="data")
+  assert below[0].trace["w"].spec == P(None, "data")

@@ -453,8 +453,14 @@ BAD = [
   ({"epochs": 2}, "--steps and --epochs exclude"),
   ({"length": 25}, "length=25: the model has 24 positions"),
   ({"accumulate": 3}, "--accumulate 3 does not divide --batch 4"),
-  ({"mesh": "data=4096"}, "needs 4096 devices"),
-  ({"mesh": "dta=2"}, "got 'dta=2'"),
+  ({"mesh": "data=4096"}, "--mesh 'data=4096' needs 4096 devices, 1 found. Take smaller sizes"),
+  ({"mesh": "dta=2"}, "--mesh 'dta=2': expected sizes of .* got 'dta=2'"),
+  ({"moments": "data"}, "--moments needs --mesh, such as"),
+  ({"distributed": True}, "--distributed needs --mesh, such as"),
+  (
+    {"mesh": "data=1", "moments": "data,dta"},
+    "--moments data,dta: --mesh data=1 has no dta; take some of data",
+  ),
   ({"general": "x.txt"}, "--general .*--task lm"),
   ({"train": "absent.csv"}, r"absent\.csv: no such file"),
   ({"model": "./absent"}, "absent"),
@@ -468,6 +474,46 @@ def test_bad_input_is_named_and_nothing_is_trained(finetune, bert, tmp_path, opt
   with pytest.raises((ValueError, OSError), match=message):
     finetune.main(argv)
   assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ("--batch 6", "--batch 6 does not divide .* 4 devices .* --mesh .*: take a multiple of 4"),
+    ("--batch 8 --accumulate 4", "--batch 8 in --accumulate 4 parts .* take a multiple of 16"),
+    ("--batch 8 --accumulate 2", None),
+  ],
+)
+def test_a_batch_that_a_mesh_cannot_share_is_named(finetune, monkeypatch, flags, message):
+  mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "model"))
+  monkeypatch.setattr(training, "make_mesh", lambda text: mesh)
+  options = importlib.import_module("options")
+  args = options.parse([*flags.split(), "--mesh", "data=2,fsdp=2,model=2"], None)
+  options.check_arguments(args, demo=True)
+  if message is None:
+    assert options.check_mesh(args) is mesh
+  else:
+    with pytest.raises(ValueError, match=message):
+      options.check_mesh(args)
+
+
+def test_devices_that_a_mesh_leaves_idle_are_said(finetune, bert, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(jax, "device_count", lambda: 8)
+  argv = arguments(tmp_path, bert, tmp_path / "absent.csv", "classification", mesh="data=1")
+  for quiet in (True, False):
+    with pytest.raises(ValueError, match="no such file"):
+      finetune.main(argv[not quiet :])
+    assert ("--mesh data=1 uses 1 of 8 devices\n" in capsys.readouterr().out) is not quiet
+
+
+def test_a_rank_too_large_names_its_flag(finetune, bert, tmp_path):
+  argv = arguments(tmp_path, bert, sentiment(tmp_path), "classification", set="rank=99")
+  with pytest.raises(ValueError, match="lower rank") as found:
+    finetune.main(argv)
+  with pytest.raises(
+    SystemExit, match=r"rank 99 exceeds .*; lower rank \(--set rank=N\), or leave"
+  ):
+    finetune.fail(str(found.value))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -108,4 +109,15 @@ def test_two_processes_equal_one_also_when_one_is_killed_or_terminated(start, tm
 )
 def test_what_processes_are_told_must_be_whole(given):
   with pytest.raises(ValueError, match="expected host:port of process 0, how many there are"):
+    training.initialize_distributed(given)
+
+
+@pytest.mark.parametrize("given", [{}, {"JAX_COORDINATOR_ADDRESS": "a:1"}])
+def test_without_a_cluster_the_variables_are_named(monkeypatch, given):
+  def initialize():
+    raise ValueError("coordinator_address should be defined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  named = "JAX_COORDINATOR_ADDRESS.* JAX_NUM_PROCESSES.* JAX_PROCESS_ID.* expected .* by itself"
+  with pytest.raises(ValueError, match=named):
     training.initialize_distributed(given)
