@@ -4,9 +4,10 @@ Orbax keeps arrays only: node types, static fields and names are in the JSON, an
 before any array is read, so that a checkpoint never lands in a run of another method. Both parts
 appear by one rename; whatever interrupts a save leaves the checkpoint before it as it was.
 
-The JSON has a sum over the bits of every array, the same on any mesh, and what is restored must have
-it. Arrays are copied to the host when a save begins and written while training goes on. Each process
-writes and reads the shards that it holds, so the folder lies where all processes reach it.
+The JSON also has a sum over the bits of every array, the same on any mesh: what is restored must
+have it. Arrays are copied to the host when a save begins and written while training goes on; until
+that is done, the checkpoint before is the last. Each process writes and reads the shards that it
+holds, so the folder lies where all processes reach it.
 """
 
 import contextlib

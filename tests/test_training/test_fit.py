@@ -120,6 +120,25 @@ def test_patience():
   assert done.steps == 4 and done.history.best == [2, 2.0]
 
 
+def test_the_best_and_patience_are_carried_over_a_stop(tmp_path):
+  """The best came before the stop, and so did the first evaluation without improvement."""
+  scores, seen = iter([0.1, 0.5, 0.3, 0.2, 0.4, 0.9]), []
+
+  def evaluate(params):
+    seen.append(tiny.leaves(params))
+    return {"score": next(scores)}
+
+  def run(steps, **more):
+    kept = {"checkpoints": training.Checkpoints(tmp_path), "save_every": 3}
+    options = {"steps": steps, "every": 1, "metric": "score", "patience": 3}
+    return training.fit(**setup() | {"evaluate": evaluate}, **options, **kept, **more)
+
+  run(3)
+  done = run(9, resume=True)
+  assert done.steps == 5 and done.history.best == [2, 0.5]
+  assert tiny.equal(done.params, seen[1]) and not tiny.equal(done.params, seen[2])
+
+
 def test_divergence_is_named():
   with pytest.raises(
     training.Diverged, match="loss of step [0-9]+ is nan: lower the learning rate"
