@@ -163,8 +163,7 @@ def axes_of(given: str | Collection[str] | None) -> tuple[str, ...]:
   """The mesh axes that an entry of a spec, or an argument, names."""
   if given is None:
     return ()
-  several = isinstance(given, Collection) and not isinstance(given, str)
-  return tuple(given) if several else (given,)
+  return (given,) if isinstance(given, str) else tuple(given)
 
 
 def entry_of(axes: tuple[str, ...]) -> Any:
