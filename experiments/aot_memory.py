@@ -122,7 +122,12 @@ def markdown(results: dict) -> str:
   lines.append(
     "12,106 tokens in 48 GB and 89,389 in 80 GB, 8B 78,475 in 24 GB (Unsloth, with kernels of"
   )
-  lines.append("its own). Those were run on cards; these are what the compiler says that it needs.")
+  lines.append(
+    "its own). Those were run on cards; these are what the compiler says that it needs, of which"
+  )
+  lines.append(
+    "most is one layer's activations, and the mask of attention, the length squared in bytes."
+  )
   versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
   return "\n".join([*lines, "", f"{results['date']}; {versions}.", ""])
 
