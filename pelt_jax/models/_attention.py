@@ -125,8 +125,6 @@ def _by_turns(
 
     return _attend(taken(q, 1), k, v, taken(mask, -2), taken(bias, -2))
 
-  even = next(n for n in range(size, 0, -1) if q.shape[1] % n == 0)
-  size = even if 2 * even >= size else size  # a last turn of another size costs copies
   count, rest = divmod(q.shape[1], size)
   out = jax.lax.map(lambda i: turn(i * size, size), jnp.arange(count))
   out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])
