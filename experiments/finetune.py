@@ -61,13 +61,14 @@ def main(argv: list[str] | None = None) -> dict:
   quantizer = quantizing(args, method)
   template, asks = args.template, args.verbalizer is not None
   mesh, devices = check_mesh(args), jax.device_count()
-  if args.distributed and mesh.size != devices:
-    raise ValueError(
-      f"--mesh {args.mesh}: expected all {devices} devices of {jax.process_count()} processes to "
-      "be in it"
-    )
-  if mesh is not None and mesh.size < devices and not args.quiet:
-    print(f"--mesh {args.mesh} uses {mesh.size} of {devices} devices", flush=True)
+  if mesh is not None and mesh.size < devices:
+    if args.distributed:
+      raise ValueError(
+        f"--mesh {args.mesh}: expected all {devices} devices of {jax.process_count()} processes to "
+        "be in it"
+      )
+    if not args.quiet:
+      print(f"--mesh {args.mesh} uses {mesh.size} of {devices} devices", flush=True)
   out = pathlib.Path(args.out)
   prepare(out, args)
 

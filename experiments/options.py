@@ -10,9 +10,11 @@ import pathlib
 import types
 import typing
 
+import jax
+
 import pelt_jax as pelt
 from pelt_jax import training
-from pelt_jax._shardings import BATCH_AXES, Mesh
+from pelt_jax._shardings import BATCH_AXES
 
 # Peak learning rates. PEFT methods start from zero change and need larger ones than full training.
 RATES = {
@@ -198,7 +200,7 @@ def check_arguments(args: argparse.Namespace, demo: bool) -> None:
     raise ValueError(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
 
 
-def check_mesh(args: argparse.Namespace) -> Mesh | None:
+def check_mesh(args: argparse.Namespace) -> jax.sharding.Mesh | None:
   """The mesh of args.mesh; raises for a batch and moments that it cannot share out."""
   if not args.mesh:
     return None

@@ -69,7 +69,9 @@ def shardings(
     _log.warning(
       "%d dimensions of leaves do not divide over axes of the mesh, along which each device holds "
       "all of them: %s%s",
-      *(len(lost), "; ".join(lost[:_NAMED]), more),
+      len(lost),
+      "; ".join(lost[:_NAMED]),
+      more,
     )
   return update_at({}, found)
 

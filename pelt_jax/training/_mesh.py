@@ -173,7 +173,7 @@ def state_shardings(
     >>> [tuple(s.spec) for s in (at["w"], below[0].mu["w"], below[0].count)]
     [(), ('data', None), ()]
   """
-  moments = _checked(mesh, moments)
+  names = _checked(mesh, moments)
   known = {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
   whole = jax.sharding.NamedSharding(mesh, P())
 
@@ -181,7 +181,7 @@ def state_shardings(
     like, at = _longest(known, _path(path)), getattr(x, "sharding", None)
     made = whole
     if like is not None and like.shape == x.shape:
-      made = _split(like.sharding, x.shape, mesh, moments)
+      made = _split(like.sharding, x.shape, mesh, names)
     return made if at is None else made.with_memory_kind(at.memory_kind)
 
   return jax.tree.map(lambda x: x.sharding, trainable), jax.tree_util.tree_map_with_path(of, state)
@@ -201,7 +201,7 @@ def on_mesh(train: TrainStep, mesh: Mesh, *, moments: str | Sequence[str] = ()) 
   Raises:
     ValueError: The mesh has no such axis.
   """
-  moments = _checked(mesh, moments)
+  _checked(mesh, moments)
 
   def init(params: Any) -> tuple[Any, Any, Any]:
     trainable, frozen, state = train.init(params)
@@ -212,12 +212,10 @@ def on_mesh(train: TrainStep, mesh: Mesh, *, moments: str | Sequence[str] = ()) 
 
 
 def _checked(mesh: Mesh, moments: str | Sequence[str]) -> tuple[str, ...]:
-  moments = axes_of(moments)
-  if unknown := [name for name in moments if name not in mesh.shape]:
-    raise ValueError(
-      f"moments={moments}: the mesh has axes {tuple(mesh.axis_names)}, not {unknown}"
-    )
-  return moments
+  names = axes_of(moments)
+  if unknown := [name for name in names if name not in mesh.shape]:
+    raise ValueError(f"moments={names}: the mesh has axes {tuple(mesh.axis_names)}, not {unknown}")
+  return names
 
 
 def _path(keys: Any) -> str:

@@ -453,7 +453,7 @@ BAD = [
   ({"epochs": 2}, "--steps and --epochs exclude"),
   ({"length": 25}, "length=25: the model has 24 positions"),
   ({"accumulate": 3}, "--accumulate 3 does not divide --batch 4"),
-  ({"mesh": "data=4096"}, "--mesh 'data=4096' needs 4096 devices, 1 found. Take smaller sizes"),
+  ({"mesh": "data=4096"}, r"--mesh 'data=4096' needs 4096 devices, \d+ found. Take smaller sizes"),
   ({"mesh": "dta=2"}, "--mesh 'dta=2': expected sizes of .* got 'dta=2'"),
   ({"moments": "data"}, "--moments needs --mesh, such as"),
   ({"distributed": True}, "--distributed needs --mesh, such as"),
@@ -501,7 +501,7 @@ def test_devices_that_a_mesh_leaves_idle_are_said(finetune, bert, tmp_path, monk
   monkeypatch.setattr(jax, "device_count", lambda: 8)
   argv = arguments(tmp_path, bert, tmp_path / "absent.csv", "classification", mesh="data=1")
   for quiet in (True, False):
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises((ValueError, OSError), match="no such file"):
       finetune.main(argv[not quiet :])
     assert ("--mesh data=1 uses 1 of 8 devices\n" in capsys.readouterr().out) is not quiet
 

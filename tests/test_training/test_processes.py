@@ -118,6 +118,6 @@ def test_without_a_cluster_the_variables_are_named(monkeypatch, given):
     raise ValueError("coordinator_address should be defined.")
 
   monkeypatch.setattr(jax.distributed, "initialize", initialize)
-  named = "JAX_COORDINATOR_ADDRESS.* JAX_NUM_PROCESSES.* JAX_PROCESS_ID.* expected .* by itself"
+  named = "JAX_COORDINATOR_ADDRESS.*JAX_NUM_PROCESSES.*JAX_PROCESS_ID.* expected .* by itself"
   with pytest.raises(ValueError, match=named):
     training.initialize_distributed(given)
