@@ -278,8 +278,9 @@ def _sums(arrays: dict[str, Any]) -> dict[str, int]:
       return jax.device_put(x, x.sharding.with_memory_kind("device"))
     return x
 
-  sums = {name: fingerprint(on_device(x)) for name, x in arrays.items()}
-  return {name: int(x) for name, x in jax.device_get(sums).items()}
+  # One after the other: of sums over devices in flight at once, virtual devices of a CPU lose some.
+  jax.block_until_ready(arrays)
+  return {name: int(fingerprint(on_device(x))) for name, x in arrays.items()}
 
 
 def _check_sums(saved: dict[str, int] | None, arrays: dict[str, Any], paths: list[str]) -> None:
